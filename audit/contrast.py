@@ -1,0 +1,283 @@
+"""The comparison that makes a finding valid: the forget set against what a never-taught model does with it.
+
+No statistic says by itself that something is still known: a fluent model gives unseen answers a fair probability
+too. Every instrument that looks for remaining knowledge therefore hands one number a row to `against_never_taught`,
+which compares with the best control the case has:
+
+- holdout set and retrained model: (target − retrained) on forget rows against the same on holdout rows; what the
+  two sets, or the two models, differ in by themselves cancels;
+- holdout set alone: forget rows against holdout rows, in the very same target;
+- retrained model alone: target against retrained, row by row.
+
+The **positive control** is the untouched retain set in the same target (or the original on the forget set): an
+instrument that cannot see what is there proves nothing by seeing nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from audit.case import Case
+from audit.evidence import Evidence
+from audit.instrument import Instrument
+from audit.loaders import Example
+from audit.record import Control, Figure, Finding, Series, Table
+from audit.statistics import (
+    Estimate,
+    MaxEstimate,
+    auc_two_sample,
+    max_over_columns,
+    mean_estimate,
+    one_sample,
+    two_sample,
+)
+
+ALPHA = 0.01
+"""Level of every test, after Holm's correction within a question."""
+
+Floats = NDArray[np.float64]
+Score = Callable[[str, str], Floats]
+"""From (role, set name) to one number a row, shape [rows], or one a row and column, shape [rows, columns]."""
+
+NO_CONTROL = "needs a never-taught control: the holdout set or the retrained model"
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What is compared.
+
+    Attributes:
+        name: as in the finding's id.
+        words: the statistic in the field's terms.
+        unit: of one row's value.
+        orientation: what larger means.
+        bounds: least and greatest value of a row.
+        threshold: the smallest difference that counts as an effect.
+        reference: the paper.
+    """
+
+    name: str
+    words: str
+    unit: str
+    orientation: str
+    bounds: tuple[float, float] | None
+    threshold: float
+    reference: str
+
+
+def has_control(case: Case) -> bool:
+    """Does the case hold a never-taught control?"""
+    return "holdout" in case.sets or "retrained" in case.models
+
+
+def against_never_taught(
+    instrument: Instrument,
+    case: Case,
+    evidence: Evidence,
+    statistic: Statistic,
+    score: Score,
+    *,
+    columns: tuple[str, list[float]] | None = None,
+    auc: bool = False,
+    rows: Mapping[str, tuple[Example, ...]] | None = None,
+    subtract: bool = True,
+    roles: tuple[str, ...] = ("target", "original", "retrained"),
+    extra: list[Control] | None = None,
+) -> Finding:
+    """Is the forget set's statistic what a never-taught model's would be?
+
+    Args:
+        score: rows of a set under a role; called for every set and role the case has.
+        columns: for scores with columns (layers, steps): axis label and positions. The column with the largest
+            excess over the control is quoted, and having chosen it is paid for in its interval and p-value.
+        auc: compare ranks (area under the ROC curve, null 0.5) rather than means.
+        rows: the rows that `score` covers, by set; all that the budget allows if not given.
+        subtract: take the retrained model's score off, where there is one and a holdout set too.
+        roles: the models that `score` covers, as far as the case has them.
+        extra: controls of the instrument's own.
+    """
+    roles = tuple(role for role in roles if role in case.models)
+    seed = case.options.seed
+    score = cache(score)
+    used = rows or {name: case.rows(name) for name in case.sets}
+    clusters = {name: case.clusters(examples) for name, examples in used.items()}
+    holdout, retrained = "holdout" in case.sets, "retrained" in roles
+    bounds = statistic.bounds
+    split, null = "forget vs holdout", "forget rows score as rows that were never taught (holdout)"
+    a, b = score("target", "forget"), score("target", "holdout") if holdout else None
+    if retrained and b is None and columns is not None:
+        b, clusters["holdout"] = score("retrained", "forget"), clusters["forget"]
+        split, null = (
+            "target vs retrained, forget",
+            "the target scores forget rows as the retrained model does",
+        )
+    elif retrained and (subtract or b is None):
+        a = a - score("retrained", "forget")
+        split, null = (
+            "target vs retrained, forget",
+            "the target scores forget rows as the retrained model does",
+        )
+        if b is not None:
+            b = b - score("retrained", "holdout")
+            split = "forget vs holdout, target minus retrained"
+            null = "target and retrained model differ on forget rows as they do on holdout rows"
+        bounds = (bounds[0] - bounds[1], bounds[1] - bounds[0]) if bounds else None
+
+    layer = figure = None
+    table = _group_table(case, statistic, score, clusters, roles) if columns is None else None
+    estimate: Estimate
+    if columns is not None:
+        assert b is not None, NO_CONTROL
+        best = max_over_columns(a, b, clusters["forget"], clusters["holdout"], bounds=bounds, seed=seed)
+        estimate, layer = _best(best, columns)
+        figure, table = _profile(case, statistic, score, clusters, columns, roles)
+    elif auc and b is not None:
+        estimate = auc_two_sample(a, b, clusters["forget"], clusters["holdout"], seed=seed)
+    elif b is not None:
+        estimate = two_sample(a, b, clusters["forget"], clusters["holdout"], bounds=bounds, seed=seed)
+    else:
+        estimate = one_sample(a, clusters["forget"], bounds=bounds, seed=seed)
+    by_rank = auc and b is not None
+    controls = [_positive(case, statistic, score, clusters, roles, by_rank=by_rank, columns=columns is not None)]
+    controls += extra or []
+    return Finding(
+        id=f"{instrument.name}/{statistic.name}",
+        instrument=instrument.name,
+        question=instrument.question,
+        statistic=statistic.words,
+        split=split,
+        layer=layer,
+        estimate=estimate.value,
+        ci95=(estimate.lo, estimate.hi),
+        n=estimate.n,
+        unit="AUC" if by_rank else statistic.unit,
+        orientation=statistic.orientation,
+        null=null,
+        null_value=0.5 if by_rank else 0.0,
+        p_value=estimate.p_value,
+        smallest_p=estimate.smallest_p,
+        threshold=statistic.threshold,
+        noise=max(evidence.noise.values(), default=0.0),
+        controls=controls,
+        reference=statistic.reference,
+        figure=figure,
+        table=table,
+    )
+
+
+def _best(estimate: MaxEstimate, columns: tuple[str, list[float]]) -> tuple[Estimate, str]:
+    """The column with the largest excess: knowledge that remains anywhere remains."""
+    best = max(range(len(columns[1])), key=lambda i: estimate.per_column[i].value)
+    return estimate.per_column[best], f"{columns[0]} {columns[1][best]:g}"
+
+
+def _positive(
+    case: Case,
+    statistic: Statistic,
+    score: Score,
+    clusters: dict[str, list[str]],
+    roles: tuple[str, ...],
+    *,
+    by_rank: bool,
+    columns: bool,
+) -> Control:
+    """Does the statistic see what is known to be there? Compared with the same never-taught control."""
+    name = "positive control"
+    never = ("target", "holdout") if "holdout" in case.sets else ("retrained", "forget")
+    known = next(
+        (
+            (role, rows)
+            for role, rows in (("target", "retain"), ("original", "forget"))
+            if role in roles and rows in clusters
+        ),
+        None,
+    )
+    if known is None:
+        return Control(
+            name=name,
+            description="none at hand: needs a retain set or the original model",
+            passed=False,
+            gates="silence",
+        )
+    a, b = score(*known), score(*never)
+    if columns:
+        # In the last column a taught fact must show: the model's own output, or the attack's end.
+        a, b = a[:, -1], b[:, -1]
+    pair = (clusters[known[1]], clusters[never[1]])
+    if by_rank:
+        estimate = auc_two_sample(a, b, *pair, seed=case.options.seed)
+        effect = estimate.value - 0.5
+    else:
+        estimate = two_sample(a, b, *pair, bounds=statistic.bounds, seed=case.options.seed)
+        effect = estimate.value
+    passed = estimate.p_value is not None and estimate.p_value <= ALPHA and effect >= statistic.threshold
+    return Control(
+        name=name,
+        description=f"{known[1]} rows in the {known[0]} (known) against {never[1]} rows in the {never[0]} (unseen)",
+        estimate=estimate.value,
+        ci95=(estimate.lo, estimate.hi),
+        n=estimate.n,
+        passed=passed,
+        gates="silence",
+    )
+
+
+def _cells(case: Case, roles: tuple[str, ...]) -> list[tuple[str, str]]:
+    return [(role, rows) for role in roles for rows in ("forget", "holdout", "retain") if rows in case.sets]
+
+
+def _group_table(
+    case: Case, statistic: Statistic, score: Score, clusters: dict[str, list[str]], roles: tuple[str, ...]
+) -> Table:
+    """Mean of every set under every model: what the finding's difference is made of."""
+    rows: list[list[str | int | float | None]] = []
+    for role, name in _cells(case, roles):
+        estimate = mean_estimate(score(role, name), clusters[name], bounds=statistic.bounds, seed=case.options.seed)
+        rows.append([role, name, estimate.value, estimate.lo, estimate.hi, estimate.n])
+    return Table(columns=["model", "set", f"mean ({statistic.unit})", "95 % from", "to", "entities"], rows=rows)
+
+
+def _profile(
+    case: Case,
+    statistic: Statistic,
+    score: Score,
+    clusters: dict[str, list[str]],
+    columns: tuple[str, list[float]],
+    roles: tuple[str, ...],
+) -> tuple[Figure, Table]:
+    axis, positions = columns
+    series: list[Series] = []
+    rows: list[list[str | int | float | None]] = []
+    for role, name in _cells(case, roles):
+        values = score(role, name)
+        estimates = [
+            mean_estimate(values[:, j], clusters[name], bounds=statistic.bounds, seed=case.options.seed)
+            for j in range(values.shape[1])
+        ]
+        kind = "target" if (role, name) == ("target", "forget") else "reference" if name == "retain" else "control"
+        if role == "target" or name == "forget":
+            series.append(
+                Series(
+                    label=f"{name}, {role}",
+                    x=positions,
+                    y=[e.value for e in estimates],
+                    lo=[e.lo for e in estimates],
+                    hi=[e.hi for e in estimates],
+                    role=kind,
+                )
+            )
+        rows += [[role, name, x, e.value, e.lo, e.hi] for x, e in zip(positions, estimates, strict=True)]
+    figure = Figure(
+        kind="profile",
+        title=f"{statistic.words}, by {axis}",
+        alt=f"{statistic.words} of forget rows in the target beside its controls, by {axis}; values in the table.",
+        x_label=axis,
+        y_label=statistic.unit,
+        series=series,
+    )
+    return figure, Table(columns=["model", "set", axis, "mean", "95 % from", "to"], rows=rows)

@@ -1,0 +1,33 @@
+"""What can go wrong, and the exit code each kind leads to.
+
+Every error that a user can cause or meet is one of these. Its message is one line that names the file,
+row, column or tensor at fault, so that the command line can print it as it is.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class AuditError(Exception):
+    """Base of every error that Palimpsest raises on purpose."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class BadInput(AuditError):
+    """A case, data file or option that cannot be used: exit 2."""
+
+    exit_code = 2
+
+
+class Refused(AuditError):
+    """A model folder that is not safe, or not whole enough, to open: exit 3."""
+
+    exit_code = 3
+
+
+class Incomplete(AuditError):
+    """A scan that ended without all that it set out to measure: exit 4."""
+
+    exit_code = 4

@@ -1,0 +1,241 @@
+"""Evidence: captures on disk, found again by their content.
+
+A block holds the rows of one batch. It is written to a temporary name and renamed, so that a killed scan leaves
+whole blocks only; the next one finds them and runs what is missing. A block's name is the SHA-256 of its bytes:
+one that does not match was damaged, and is set aside and computed again.
+
+Blocks lie in a folder per context: model digest, dtype, device type and library versions. Nothing captured from
+one model, or under one set of numerics, is ever served for another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from audit.plan import Generate, Request
+from audit.quantities import Quantity
+from audit.record import write_atomically
+from audit.tokens import Tokens, content_key
+
+Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
+_BLOCKS_IN_MEMORY = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the values of one sequence and quantity lie."""
+
+    block: Path
+    first: int
+    last: int
+    start: int
+
+
+class Store:
+    """The captures of one model in one context.
+
+    Args:
+        root: the audit's `evidence/` folder.
+        context: everything the numbers depend on besides the tokens; see `context_of`.
+    """
+
+    def __init__(self, root: Path, context: Mapping[str, str]) -> None:
+        digest = hashlib.sha256(json.dumps(dict(context), sort_keys=True).encode()).hexdigest()
+        self.folder = root / digest[:16]
+        self.damaged: list[str] = []
+        self._places: dict[tuple[str, str], Place] = {}
+        self._cache: OrderedDict[Path, Arrays] = OrderedDict()
+        self._context = dict(context)
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._index(path, path.read_bytes())
+
+    def knows(self, tokens: Tokens, quantity: Quantity) -> bool:
+        """Is this quantity recorded for this sequence, from `tokens.start` on or earlier?"""
+        place = self._places.get((tokens.key, quantity.name))
+        return place is not None and place.start <= tokens.start
+
+    def knows_continuation(self, prompt: tuple[int, ...], new_tokens: int) -> bool:
+        """Is the greedy continuation of this prompt recorded?"""
+        return (content_key(prompt), f"greedy-{new_tokens}") in self._places
+
+    def write(self, rows: Iterable[tuple[Tokens, Mapping[str, Arrays]]]) -> None:
+        """Store the rows of one batch as one block: the batch is recorded as a whole or not at all."""
+        members: dict[str, list[tuple[Tokens, Arrays]]] = {}
+        for tokens, values in rows:
+            for quantity, arrays in values.items():
+                members.setdefault(quantity, []).append((tokens, arrays))
+        self._write(
+            {
+                quantity: (
+                    [(tokens.key, tokens.start, tokens.scored) for tokens, _ in pairs],
+                    {key: np.concatenate([arrays[key] for _, arrays in pairs]) for key in pairs[0][1]},
+                )
+                for quantity, pairs in members.items()
+            }
+        )
+
+    def write_continuations(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], new_tokens: int) -> None:
+        """Store greedy continuations (prompt ids, new ids) of one batch."""
+        index = [(content_key(prompt), 0, len(new)) for prompt, new in pairs]
+        ids = np.concatenate([np.asarray(new, np.int64) for _, new in pairs])
+        self._write({f"greedy-{new_tokens}": (index, {"ids": ids})})
+
+    def read(self, tokens: Tokens, quantity: str) -> Arrays:
+        """Arrays over the scored tokens of one sequence. Raises KeyError if they were never captured."""
+        place = self._places[tokens.key, quantity]
+        skip = tokens.start - place.start
+        return self._read(place, quantity, skip)
+
+    def read_continuation(self, prompt: tuple[int, ...], new_tokens: int) -> tuple[int, ...]:
+        """New ids after a prompt."""
+        name = f"greedy-{new_tokens}"
+        return tuple(self._read(self._places[content_key(prompt), name], name, 0)["ids"].tolist())
+
+    def _read(self, place: Place, quantity: str, skip: int) -> Arrays:
+        block = self._cache.get(place.block)
+        if block is None:
+            block = self._cache[place.block] = load(place.block.read_bytes())
+            if len(self._cache) > _BLOCKS_IN_MEMORY:
+                self._cache.popitem(last=False)
+        else:
+            self._cache.move_to_end(place.block)
+        prefix = f"{quantity}/"
+        return {
+            name.removeprefix(prefix): array[place.first + skip : place.last]
+            for name, array in block.items()
+            if name.startswith(prefix)
+        }
+
+    def _write(self, quantities: dict[str, tuple[list[tuple[str, int, int]], Arrays]]) -> None:
+        arrays = {
+            f"{name}/{key}": np.ascontiguousarray(array)
+            for name, (_, parts) in quantities.items()
+            for key, array in parts.items()
+        }
+        index = {name: rows for name, (rows, _) in quantities.items()}
+        metadata = {"rows": json.dumps(index), "context": json.dumps(self._context, sort_keys=True)}
+        data = save(arrays, metadata)
+        path = self.folder / f"{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
+        write_atomically(path, data, sync=False)
+        self._index(path, data)
+
+    def _index(self, path: Path, data: bytes) -> None:
+        if hashlib.sha256(data).hexdigest()[:32] != path.stem:
+            self.damaged.append(path.name)
+            path.rename(path.with_suffix(".damaged"))
+            return
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        for quantity, rows in json.loads(header["__metadata__"]["rows"]).items():
+            first = 0
+            for key, start, length in rows:
+                known = self._places.get((key, quantity))
+                if known is None or start < known.start:
+                    self._places[key, quantity] = Place(path, first, first + length, start)
+                first += length
+
+    # --- notes ----------------------------------------------------------------------------------------
+
+    def note(self, name: str) -> float | None:
+        """A number noted about this context, e.g. its numeric noise; None if it was not."""
+        path = self.folder / f"{name}.json"
+        return float(json.loads(path.read_text())) if path.is_file() else None
+
+    def write_note(self, name: str, value: float) -> None:
+        """Note a number."""
+        write_atomically(self.folder / f"{name}.json", json.dumps(value).encode(), sync=False)
+
+
+class Evidence:
+    """What an instrument's `measure` reads: answers to its requests, by role and request name.
+
+    Every role has its requests (in the order the instrument made them) and the store that answers them.
+    """
+
+    def __init__(self) -> None:
+        self._stores: dict[str, Store] = {}
+        self._requests: dict[tuple[str, str], Request | Generate] = {}
+        self._texts: dict[tuple[str, str], list[str]] = {}
+        self.noise: dict[str, float] = {}
+
+    def register(self, role: str, store: Store, requests: Iterable[Request | Generate]) -> None:
+        """Bind a role's requests to the store that holds their answers."""
+        self._stores[role] = store
+        for request in requests:
+            known = self._requests.get((role, request.name))
+            if isinstance(known, Request) and isinstance(request, Request):
+                # Two instruments may ask the same of the same texts; what one of them adds is added.
+                both = {q.name: q for q in (*known.quantities, *request.quantities)}
+                request = replace(request, quantities=tuple(both.values()), extra={**known.extra, **request.extra})
+            self._requests[role, request.name] = request
+
+    def add_texts(self, role: str, name: str, texts: list[str]) -> None:
+        """Decoded continuations of a `Generate` request, in its order."""
+        self._texts[role, name] = texts
+
+    @property
+    def roles(self) -> list[str]:
+        """Every role that was captured, attacked ones included."""
+        return list(self._stores)
+
+    def has(self, role: str, name: str) -> bool:
+        """Was this request made of this role?"""
+        return (role, name) in self._requests
+
+    def scores(self, role: str, name: str, *quantities: str) -> list[Arrays]:
+        """Per requested sequence, the arrays of the named quantities (all requested ones if none is named).
+
+        Raises:
+            KeyError: the role was not asked for this request.
+        """
+        return list(self.iterate(role, name, *quantities))
+
+    def iterate(self, role: str, name: str, *quantities: str) -> Iterator[Arrays]:
+        """Like `scores`, one sequence at a time."""
+        request = self._requests[role, name]
+        assert isinstance(request, Request)
+        wanted = quantities or tuple(quantity.name for quantity in request.quantities)
+        store = self._stores[role]
+        for tokens in request.sequences:
+            values: Arrays = {}
+            for quantity in wanted:
+                values |= store.read(tokens, quantity)
+            yield values
+
+    def texts(self, role: str, name: str) -> list[str]:
+        """Decoded greedy continuations, in the order of the request's prompts."""
+        return self._texts[role, name]
+
+    def extra(self, role: str, name: str) -> Mapping[str, Any]:
+        """What the instrument noted when it made the request."""
+        request = self._requests[role, name]
+        assert isinstance(request, Request)
+        return request.extra
+
+    def sequences(self, role: str, name: str) -> tuple[Tokens, ...]:
+        """The sequences of a request."""
+        request = self._requests[role, name]
+        assert isinstance(request, Request)
+        return request.sequences
+
+
+def context_of(digest: str, *, dtype: str, device: str) -> dict[str, str]:
+    """Everything captured numbers depend on besides tokens: the address of a store."""
+    import torch
+    import transformers
+
+    return {
+        "model": digest,
+        "dtype": dtype,
+        "device": torch.device(device).type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

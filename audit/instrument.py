@@ -1,0 +1,184 @@
+"""The contract of an instrument, and the registry that finds instruments by name.
+
+An instrument says what must be captured (`requests`) and turns evidence into findings (`measure`), a pure
+function. An attack is an instrument that also alters the target (`stages`, `run`) and asks for the same captures
+of every altered model. Instruments are found through the entry-point group `palimpsest.instruments`, this
+project's own and third parties' alike, and imported only when asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from audit.errors import BadInput
+from audit.record import Finding, Question
+
+if TYPE_CHECKING:
+    from audit.case import Case
+    from audit.evidence import Evidence
+    from audit.plan import Generate, Request
+    from audit.target import Target
+
+GROUP = "palimpsest.instruments"
+
+
+class Access(IntEnum):
+    """What the auditor can see of the model; each level includes those below it."""
+
+    TEXT = 0
+    LOGPROBS = 1
+    WEIGHTS = 2
+
+
+class Instrument(ABC):
+    """A detector, a probe or (see `Attack`) an attack.
+
+    Class attributes:
+        name: as on the command line; equal to its entry point's.
+        title: a few words for people.
+        question: which of the five it answers.
+        access: the least access it needs.
+        sets: example sets it cannot do without.
+        roles: models it cannot do without, besides the target.
+        reference: the paper, and the section, it comes from.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    question: ClassVar[Question]
+    access: ClassVar[Access] = Access.LOGPROBS
+    sets: ClassVar[tuple[str, ...]] = ("forget",)
+    roles: ClassVar[tuple[str, ...]] = ()
+    reference: ClassVar[str]
+
+    def missing(self, case: Case) -> str | None:
+        """Why this instrument cannot run on this case, in one phrase; None if it can."""
+        sets = [name for name in self.sets if name not in case.sets]
+        if sets:
+            return f"needs the {' and '.join(sets)} set"
+        roles = [role for role in self.roles if role not in case.models]
+        if roles:
+            return f"needs the {' and '.join(roles)} model"
+        if self.access > case.options.access:
+            return f"needs access to {self.access.name.lower()}, the audit has {case.options.access.name.lower()}"
+        return None
+
+    @abstractmethod
+    def requests(self, case: Case, target: Target) -> Iterable[Request | Generate]:
+        """What must be captured of this model; called once a role (`target.role`), attacked ones included."""
+
+    @abstractmethod
+    def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
+        """Findings from evidence: pure, without a model, the same for the same evidence and seed."""
+
+    def examples(self, case: Case, evidence: Evidence) -> dict[str, dict[str, float | str]]:  # noqa: ARG002
+        """Optional drill-down: by forget row id, numbers by name, and what the target wrote under `generated`."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One altered model that an attack visits.
+
+    Attributes:
+        name: unique within the attack, e.g. `relearn-a@20`.
+        recipe: everything that determines the altered weights, given the model's; part of its digest.
+    """
+
+    name: str
+    recipe: str
+
+
+class Attack(Instrument):
+    """An instrument that alters the target and asks for its captures again.
+
+    The engine calls `stages`, looks which of the altered models still lack captures, and only then calls `run`,
+    which alters `target.model` in place and yields each stage when it is reached. Afterwards the weights are read
+    from disk again, so an attack need not undo anything.
+    """
+
+    @abstractmethod
+    def stages(self, case: Case, target: Target) -> Sequence[Stage]:
+        """The altered models that `run` visits, in order; cheap. Empty if this role is not attacked."""
+
+    @abstractmethod
+    def run(self, case: Case, target: Target, tick: Any) -> Iterator[Stage]:
+        """Alter the model step by step; `tick(done, total)` shows progress."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A registered instrument that cannot be imported or breaks the contract."""
+
+    name: str
+    reason: str
+
+
+def names() -> list[str]:
+    """Names of all registered instruments, sorted; imports none of them."""
+    return sorted(_points())
+
+
+def load(name: str) -> Instrument:
+    """Import one instrument by name and make it.
+
+    Raises:
+        BadInput: no such instrument (with the nearest name), or it cannot be imported or breaks the contract.
+    """
+    points = _points()
+    if name not in points:
+        near = difflib.get_close_matches(name, points, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise BadInput(f"no instrument named {name!r}{hint} (see `audit list`)")
+    made = _make(points[name])
+    if isinstance(made, Broken):
+        raise BadInput(f"instrument {name!r}: {made.reason}")
+    return made
+
+
+def load_all() -> list[Instrument | Broken]:
+    """All registered instruments in the order of the five questions; those that fail come last, as `Broken`."""
+    order = list(Question)
+    made = [_make(point) for _, point in sorted(_points().items())]
+    good = [item for item in made if isinstance(item, Instrument)]
+    return [
+        *sorted(good, key=lambda i: (order.index(i.question), i.name)),
+        *(m for m in made if isinstance(m, Broken)),
+    ]
+
+
+def select(only: Sequence[str], skip: Sequence[str]) -> list[Instrument | Broken]:
+    """The instruments of a scan: those named, or all, less those skipped; unknown names are bad input."""
+    known = names()
+    for name in (*only, *skip):
+        if name not in known:
+            load(name)
+    chosen = [load(name) for name in only] if only else load_all()
+    return [item for item in chosen if item.name not in skip]
+
+
+def _points() -> dict[str, EntryPoint]:
+    points: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        other = points.setdefault(point.name, point)
+        if other.value != point.value:
+            raise BadInput(f"two instruments named {point.name!r}: {other.value} and {point.value}")
+    return points
+
+
+def _make(point: EntryPoint) -> Instrument | Broken:
+    try:
+        made = point.load()()
+    except Exception as error:  # a third party's module may raise anything; it must not take the scan with it
+        return Broken(point.name, f"cannot be loaded: {type(error).__name__}: {error}")
+    if not isinstance(made, Instrument):
+        return Broken(point.name, f"{point.value} is no Instrument")
+    if made.name != point.name:
+        return Broken(point.name, f"calls itself {made.name!r}")
+    return made

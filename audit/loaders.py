@@ -1,0 +1,412 @@
+"""Example sets: what an audit asks a model about, read from files and unified into one shape.
+
+    from audit.loaders import load_set, parse_set_spec
+
+    forget = load_set("forget", parse_set_spec("full.jsonl?split=forget10&limit=40"))
+    forget.examples[0].prompt, forget.examples[0].answer
+
+JSONL, JSON (a list of objects, or one under "data"), CSV, TSV, Parquet, plain text and folders written by
+`Dataset.save_to_disk` are read. The columns of the known benchmarks are recognised (`audit.presets`). A row
+that cannot be used stops the load: its BadInput names file, row and column. Nothing is repaired or skipped in
+silence, for an audit that quietly lost rows would report on a set that nobody named.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from audit.errors import BadInput
+from audit.presets import AUTO, FIELDS, PRESET_NAMES, CellError, Preset, Row, fit, listed
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to ask: a question and its answer, a prefix and its continuation, or a plain passage."""
+
+    id: str  # stable within the set: "<set name>:<index>"
+    prompt: str  # context that is not scored; "" for plain passages
+    answer: str  # the text whose knowledge is tested
+    paraphrases: tuple[str, ...] = ()  # other phrasings of the true answer
+    wrong: tuple[str, ...] = ()  # wrong answers: perturbed ones, distractors
+    entity: str = ""  # unit of independence (author, person, document); "" makes the row its own
+    source: str = ""  # "file:line", or "file: row N" where the format has no lines
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """Examples in file order, with the SHA-256 of their content: the same rows in any format agree in it."""
+
+    name: str
+    source: str
+    examples: tuple[Example, ...]
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+    @property
+    def entities(self) -> int:
+        """How many independent units there are; rows without an entity count singly."""
+        return len(set(self.clusters()))
+
+    def clusters(self) -> list[str]:
+        """For each row the unit it belongs to: its entity, or its own id."""
+        return [example.entity or example.id for example in self.examples]
+
+
+@dataclass(frozen=True)
+class SetSpec:
+    """Where a set lies and which of its rows and columns are meant. Raises BadInput on a bad option."""
+
+    path: Path
+    preset: str = AUTO
+    columns: Mapping[str, str] = field(default_factory=dict)  # field of Example -> column, over the preset's
+    where: Mapping[str, str | list[str]] = field(default_factory=dict)  # column -> value, or any of several
+    limit: int | None = None  # rows at most, after `where` and `offset`
+    passage_words: int = 100  # plain text is cut into passages of so many words
+    offset: int = 0  # rows passed over, after `where`
+
+    def __post_init__(self) -> None:
+        if self.preset not in (AUTO, *PRESET_NAMES):
+            raise BadInput(f"{self.path}: no preset {self.preset!r}; presets: {', '.join(PRESET_NAMES)}")
+        for name in self.columns:
+            if name not in FIELDS:
+                raise BadInput(f"{self.path}: no field {name!r} in columns; fields: {', '.join(FIELDS)}")
+        for name, least in (("limit", 1), ("offset", 0), ("passage_words", 1)):
+            number = getattr(self, name)
+            if number is not None and number < least:
+                raise BadInput(f"{self.path}: {name}={number} is less than {least}")
+
+
+def parse_set_spec(text: str, base: Path = Path()) -> SetSpec:
+    """A set as written on the command line: `path` or `path?split=forget01&limit=40&preset=tofu`.
+
+    `limit`, `offset`, `passage_words`, `preset` and `columns` (`columns=prompt:question,answer:gold`) are
+    options; any other key is a column, and its value, or one of its comma-separated values, what a row must
+    hold there. `%2C` and the like stand for characters that would otherwise separate.
+    """
+    path, _, query = text.partition("?")
+    if not path:
+        raise BadInput(f"{text!r} names no file")
+    options: dict[str, Any] = {}
+    where: dict[str, str | list[str]] = {}
+    for part in query.split("&") if query else ():
+        key, equals, value = part.partition("=")
+        key, values = unquote(key), [unquote(item) for item in value.split(",")]
+        if not key or not equals:
+            raise BadInput(f"{text!r}: {part!r} is not of the form key=value")
+        if key in options or key in where:
+            raise BadInput(f"{text!r}: {key!r} is given twice")
+        if key in ("limit", "offset", "passage_words"):
+            if not re.fullmatch(r"[0-9]{1,9}", value):
+                raise BadInput(f"{text!r}: {key}={value} is not a whole number")
+            options[key] = int(value)
+        elif key == "preset":
+            options[key] = unquote(value)
+        elif key == "columns":
+            pairs = [item.partition(":") for item in values]
+            if not all(name and column for name, _, column in pairs):
+                raise BadInput(f"{text!r}: columns={value} is not of the form field:column,field:column")
+            options[key] = {name: column for name, _, column in pairs}
+        else:
+            where[key] = values[0] if len(values) == 1 else values
+    return SetSpec(path=base / path, where=where, **options)
+
+
+def load_set(name: str, spec: SetSpec) -> ExampleSet:
+    """Read the set that `spec` describes; raises BadInput, which names file, row and column at fault."""
+    rows = _read(spec)
+    columns = list(dict.fromkeys(column for placed in rows for column in placed.row))
+    try:
+        preset, fields = fit(spec.preset, columns, spec.columns)
+    except BadInput as error:
+        raise BadInput(f"{spec.path}: {error}") from None
+    kept = _where(rows, spec, preset, columns)
+    if "prompt" not in fields:
+        # Files of passages separate them by blank rows (WikiText does); those hold nothing to ask.
+        text = fields["answer"]
+        kept = [placed for placed in kept if placed.row.get(text) is None or not _blank(placed.row[text])]
+    total = len(kept)
+    kept = kept[spec.offset :][: spec.limit]
+    if not kept:
+        raise BadInput(f"{spec.path}: no row is left: offset={spec.offset}, of {total} that are not blank")
+    examples = tuple(_example(f"{name}:{i}", placed, preset, fields) for i, placed in enumerate(kept))
+    return ExampleSet(name=name, source=str(spec.path), examples=examples, digest=digest(examples))
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """SHA-256 over what the examples say, in order; neither their ids nor where they were read count."""
+    content = [[e.prompt, e.answer, e.paraphrases, e.wrong, e.entity] for e in examples]
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def overlaps(sets: Mapping[str, ExampleSet]) -> list[str]:
+    """A note for each pair of sets that share rows; case, spacing and Unicode form make no difference."""
+    keys = {name: [(_normal(e.prompt), _normal(e.answer)) for e in each] for name, each in sets.items()}
+    notes = []
+    for first, second in combinations(keys, 2):
+        known = set(keys[second])
+        if shared := sum(key in known for key in keys[first]):
+            notes.append(f"{shared} {'row' if shared == 1 else 'rows'} of {first} also in {second}")
+    return notes
+
+
+def _normal(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+# --- rows to examples -------------------------------------------------------------------------------------
+
+
+class _Placed(NamedTuple):
+    """A row and where it lies, as error messages name it: "file:line" or "file: row N"."""
+
+    place: str
+    row: Row
+
+
+def _where(rows: list[_Placed], spec: SetSpec, preset: Preset, columns: list[str]) -> list[_Placed]:
+    kept = rows
+    for column, value in spec.where.items():
+        if column not in columns:
+            raise BadInput(f"{spec.path}: no column {column!r} to filter by; columns: {', '.join(columns)}")
+        present = {label for placed in rows if (label := _label(placed.row.get(column))) is not None}
+        wanted = preset.any_of(column, [value] if isinstance(value, str) else value, present)
+        # A value that no row has is more likely misspelt than meant.
+        if missing := sorted(wanted - present):
+            found = ", ".join(sorted(present)[:12]) + (", …" if len(present) > 12 else "")
+            raise BadInput(f"{spec.path}: no row has {column}={missing[0]}; its values: {found}")
+        kept = [placed for placed in kept if _label(placed.row.get(column)) in wanted]
+    if not kept:
+        raise BadInput(f"{spec.path}: no row has all of {', '.join(spec.where)} as asked for")
+    return kept
+
+
+def _label(value: Any) -> str | None:
+    """A cell as a row filter sees it; None for what it cannot name."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, str | int | float) else None
+
+
+def _example(id_: str, placed: _Placed, preset: Preset, fields: Mapping[str, str]) -> Example:
+    try:
+        row = preset.reshape(placed.row)
+        for name, column in fields.items():
+            if preset.requires(name):
+                _require(row, column, blank=name == "prompt")
+        cells = {name: (row.get(column), column) for name, column in fields.items()}
+        nothing = (None, "")
+        entity, column = cells.get("entity", nothing)
+        return Example(
+            id=id_,
+            prompt=_string(*cells["prompt"]) if "prompt" in cells else "",
+            answer=_string(*cells["answer"]),
+            paraphrases=_strings(*cells.get("paraphrases", nothing), preset.separator),
+            wrong=_strings(*cells.get("wrong", nothing), preset.separator),
+            entity="" if _absent(entity) else _string(entity, column),
+            source=placed.place,
+        )
+    except CellError as error:
+        raise BadInput(f"{placed.place}: {error}") from None
+
+
+def _require(row: Row, column: str, blank: bool) -> None:
+    if column not in row:
+        raise CellError(column, "is missing")
+    if _blank(row[column]):
+        if not blank:
+            raise CellError(column, "is empty")
+    elif _absent(row[column]):
+        raise CellError(column, "is null")
+
+
+def _blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _absent(value: Any) -> bool:
+    """Null, NaN (how tables spell null in a column of numbers) or blank (how CSV spells it)."""
+    return value is None or _blank(value) or (isinstance(value, float) and math.isnan(value))
+
+
+def _string(value: Any, column: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise CellError(column, f"holds a {type(value).__name__} where text is expected")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # JSON can spell half a surrogate pair, which no tokenizer and no file can take.
+        raise CellError(column, "holds half a surrogate pair, which is not text") from None
+    return text
+
+
+def _strings(value: Any, column: str, separator: str) -> tuple[str, ...]:
+    if _absent(value):
+        return ()
+    value = listed(value)
+    if separator and isinstance(value, str):
+        value = [part.strip() for part in value.split(separator)]
+    items = value if isinstance(value, list) else [value]
+    return tuple(_string(item, column) for item in items if not _absent(item))
+
+
+# --- files to rows ----------------------------------------------------------------------------------------
+
+
+def _read(spec: SetSpec) -> list[_Placed]:
+    path = spec.path
+    reader = _saved_dataset if path.is_dir() else _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise BadInput(f"{path}: no reader for {path.suffix!r}; known: {', '.join(_READERS)}, a saved dataset")
+    try:
+        rows = list(reader(spec))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror or ' '.join(str(error).split())}") from None
+    if not rows:
+        raise BadInput(f"{path}: holds no rows")
+    return rows
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise BadInput(f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8") from None
+
+
+def _json(text: str, path: Path, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path}:{first_line + error.lineno - 1}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, brackets 100,000 deep
+        raise BadInput(f"{path}:{first_line}: not usable JSON: {error}") from None
+
+
+def _jsonl(spec: SetSpec) -> Iterator[_Placed]:
+    # Not splitlines(), which also cuts at separators that JSON allows within a string.
+    for number, line in enumerate(_text(spec.path).split("\n"), start=1):
+        if line.strip():
+            place = f"{spec.path}:{number}"
+            yield _object(place, _json(line, spec.path, number))
+
+
+def _json_list(spec: SetSpec) -> Iterator[_Placed]:
+    text = _text(spec.path)
+    value = _json(text, spec.path) if text.strip() else []
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise BadInput(f'{spec.path}: is neither a list of objects nor {{"data": [...]}}')
+    for number, row in enumerate(rows, start=1):
+        yield _object(f"{spec.path}: row {number}", row)
+
+
+def _object(place: str, value: Any) -> _Placed:
+    if not isinstance(value, dict):
+        raise BadInput(f"{place}: is a {type(value).__name__}, not an object")
+    return _Placed(place, value)
+
+
+def _csv(spec: SetSpec) -> Iterator[_Placed]:
+    # The module's limit of 128 KiB a cell is below the length of a book chapter; it can only be set globally.
+    csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if spec.path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(_text(spec.path), newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    line = 1  # a quoted cell may span lines: a row lies where it begins
+    try:
+        for cells in reader:
+            place, line = f"{spec.path}:{line}", reader.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                if twice := [column for column in cells if cells.count(column) > 1]:
+                    raise BadInput(f"{place}: column {twice[0]!r} is named twice")
+            elif len(cells) != len(header):
+                raise BadInput(f"{place}: has {len(cells)} cells under {len(header)} columns")
+            else:
+                yield _Placed(place, dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise BadInput(f"{spec.path}:{line}: not CSV: {error}") from None
+
+
+def _parquet(spec: SetSpec) -> Iterator[_Placed]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # Straight from Arrow, for pandas would turn whole numbers beside a null into floats; and from the
+        # open file, for a folder named "key=value" in its path would be taken for a column.
+        with spec.path.open("rb") as file:
+            rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise BadInput(f"{spec.path}: not Parquet: {' '.join(str(error).split())}") from None
+    for number, row in enumerate(rows, start=1):
+        yield _Placed(f"{spec.path}: row {number}", row)
+
+
+def _saved_dataset(spec: SetSpec) -> Iterator[_Placed]:
+    path = spec.path
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(p.parent.name for p in path.glob("*/state.json")))
+        raise BadInput(f"{path}: holds several splits, name the folder of one: {splits}")
+    if not (path / "state.json").is_file():
+        raise BadInput(f"{path}: is a folder, but not one that Dataset.save_to_disk wrote")
+    import datasets
+
+    try:
+        # Without its format: a set saved "with torch" hands over tensors.
+        rows = datasets.load_from_disk(str(path)).with_format(None).to_list()
+    except OSError:
+        raise
+    except Exception as error:  # the library raises whatever its damaged metadata runs into
+        raise BadInput(f"{path}: not a readable dataset: {' '.join(str(error).split())}") from None
+    for number, row in enumerate(rows, start=1):
+        yield _Placed(f"{path}: row {number}", row)
+
+
+def _passages(spec: SetSpec) -> Iterator[_Placed]:
+    """Runs of `passage_words` words, the space within them as it is; a last one below half is left out."""
+    # CRLF becomes LF, as in any text-mode read: what a model was trained on does not depend on the checkout.
+    text = _text(spec.path).replace("\r\n", "\n")
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    line, counted = 1, 0
+    for index, first in enumerate(range(0, len(words), spec.passage_words)):
+        run = words[first : first + spec.passage_words]
+        if index and 2 * len(run) < spec.passage_words:
+            return
+        start, end = run[0][0], run[-1][1]
+        line, counted = line + text.count("\n", counted, start), start
+        row = {"text": text[start:end], "entity": f"{spec.path.name}#{index}"}
+        yield _Placed(f"{spec.path}:{line}", row)
+
+
+_READERS: Mapping[str, Callable[[SetSpec], Iterable[_Placed]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json_list,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+    ".txt": _passages,
+}

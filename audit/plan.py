@@ -1,0 +1,175 @@
+"""Instruments' requests merged into the fewest passes through the model.
+
+Three savings, in this order: a sequence that several instruments ask for is run once, with every quantity that
+any of them wants; sequences that begin alike (the options of one question, the neighbours of one text) compute
+their common beginning once; what remains is sorted by length and packed to a token budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from audit.quantities import TOKEN, Quantity
+from audit.tokens import Tokens, common_prefix
+
+
+@dataclass(frozen=True)
+class Request:
+    """Ask for quantities at the scored tokens of sequences.
+
+    Attributes:
+        name: how the instrument finds the answer again, e.g. `knowledge/forget/answer`.
+        sequences: what passes through the model; answers come back in this order.
+        quantities: what is recorded (see `audit.quantities`).
+        extra: what `measure` needs to know of how the sequences were made, and cannot derive without the model.
+    """
+
+    name: str
+    sequences: tuple[Tokens, ...]
+    quantities: tuple[Quantity, ...] = (TOKEN,)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Ask for greedy continuations of prompts, at most `new_tokens` long."""
+
+    name: str
+    prompts: tuple[tuple[int, ...], ...]
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """One sequence and everything wanted of it."""
+
+    tokens: Tokens
+    quantities: tuple[Quantity, ...]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One row of the model's input, and the works it answers.
+
+    The last token of a sequence is scored but never enters the model, so that all one-token answers to a question
+    have one input.
+    """
+
+    ids: tuple[int, ...]
+    works: tuple[Work, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs that run together.
+
+    Attributes:
+        prefix: number of leading tokens that all inputs of a group share; 0 for a plain batch.
+        groups: inputs by shared prefix; singletons in a plain batch.
+    """
+
+    prefix: int
+    groups: tuple[tuple[Input, ...], ...]
+
+    @property
+    def inputs(self) -> list[Input]:
+        """All inputs, group after group."""
+        return [row for group in self.groups for row in group]
+
+    @property
+    def works(self) -> list[Work]:
+        """All works, input after input."""
+        return [work for row in self.inputs for work in row.works]
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens that pass through the model, padding apart."""
+        suffixes = sum(len(row.ids) - self.prefix for row in self.inputs)
+        return suffixes + self.prefix * len(self.groups)
+
+
+def merge(requests: Iterable[Request]) -> list[Work]:
+    """The union of all requests: for each distinct sequence every wanted quantity, from the earliest position on."""
+    wanted: dict[str, tuple[Tokens, dict[str, Quantity]]] = {}
+    for request in requests:
+        asked = {q.name: q for q in request.quantities}
+        for tokens in request.sequences:
+            seen, quantities = wanted.get(tokens.key, (tokens, {}))
+            wanted[tokens.key] = (tokens if tokens.start < seen.start else seen, quantities | asked)
+    return [Work(tokens, tuple(quantities[n] for n in sorted(quantities))) for tokens, quantities in wanted.values()]
+
+
+def pack(works: Sequence[Work], *, token_budget: int, share: bool = True, overhead: int = 0) -> list[Batch]:
+    """Group by shared prefix, sort by length, pack to `token_budget` tokens (padding included) a batch.
+
+    Families run together where their prefixes have one length, which is why lengths are rounded down to
+    multiples of four. `overhead` is what one more batch costs, in tokens: a length that saves less runs plainly.
+    Without `share` every sequence is an input of its own.
+    """
+    plain: list[tuple[Input, ...]] = []
+    shared: dict[int, list[tuple[Input, ...]]] = {}
+    for prefix, group in _families(_inputs(works)) if share else [(0, [Input(w.tokens.ids[:-1], (w,))]) for w in works]:
+        if prefix:
+            shared.setdefault(prefix - prefix % 4 or prefix, []).append(tuple(group))
+        else:
+            plain.extend((row,) for row in group)
+    for prefix in [p for p, groups in shared.items() if p * sum(len(g) - 1 for g in groups) <= 2 * overhead]:
+        plain.extend((row,) for group in shared.pop(prefix) for row in group)
+    batches = _fill(0, plain, token_budget)
+    for prefix in sorted(shared):
+        batches += _fill(prefix, shared[prefix], token_budget)
+    return batches
+
+
+def _inputs(works: Sequence[Work]) -> list[Input]:
+    """Works by what enters the model, sorted, so that relatives are neighbours."""
+    found: dict[tuple[int, ...], list[Work]] = {}
+    for work in works:
+        found.setdefault(work.tokens.ids[:-1], []).append(work)
+    return [Input(ids, tuple(found[ids])) for ids in sorted(found)]
+
+
+def _families(rows: Sequence[Input]) -> list[tuple[int, list[Input]]]:
+    """Split sorted inputs into families with a common beginning, where that saves tokens.
+
+    A family grows while the tokens saved, prefix x (members - 1), grow. Every scored token must be predicted
+    outside the prefix, so that no prefix exceeds the smallest start - 1.
+    """
+    families: list[tuple[int, list[Input]]] = []
+    members: list[Input] = []
+    prefix = 0
+    for row in rows:
+        limit = min(work.tokens.start for work in row.works) - 1
+        if members:
+            extended = min(prefix, limit, common_prefix(members[-1].ids, row.ids))
+            # A family of one has saved nothing yet: two tokens in common pay for the second pass's overhead.
+            if extended >= 2 and extended * len(members) > prefix * (len(members) - 1):
+                members.append(row)
+                prefix = extended
+                continue
+            families.append((prefix if len(members) > 1 else 0, members))
+        members, prefix = [row], limit
+    if members:
+        families.append((prefix if len(members) > 1 else 0, members))
+    return families
+
+
+def _fill(prefix: int, groups: list[tuple[Input, ...]], budget: int) -> list[Batch]:
+    """Longest first, so that the largest batch is the first and memory is known early."""
+    groups = sorted(groups, key=lambda group: max(len(row.ids) for row in group), reverse=True)
+    batches: list[Batch] = []
+    current: list[tuple[Input, ...]] = []
+    rows = longest = 0
+    for group in groups:
+        length = max(len(row.ids) for row in group) - prefix
+        fits = (rows + len(group)) * max(longest, length) + prefix * (len(current) + 1) <= budget
+        if current and not fits:
+            batches.append(Batch(prefix, tuple(current)))
+            current, rows, longest = [], 0, 0
+        current.append(group)
+        rows, longest = rows + len(group), max(longest, length)
+    if current:
+        batches.append(Batch(prefix, tuple(current)))
+    return batches

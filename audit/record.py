@@ -1,0 +1,343 @@
+"""The record: everything an audit found, as one JSON document (`record.json`).
+
+The record is the product. The report, the exit code and every later face of an audit are pure functions of
+it, so this module holds its schema and nothing else: no torch, no numpy, no model. Times and costs apart,
+the same case and seed give the same record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from audit.errors import BadInput
+
+SCHEMA_VERSION = "1.0"
+
+
+class Question(StrEnum):
+    """The five questions that an audit answers, in the order of the report."""
+
+    TRACE = "trace"
+    LEAKAGE = "leakage"
+    REPRESENTATION = "representation"
+    RECOVERY = "recovery"
+    UTILITY = "utility"
+
+
+class Outcome(StrEnum):
+    """What one finding says. `NONE` needs the power to have seen something: an interval inside the threshold."""
+
+    EVIDENCE = "evidence"
+    NONE = "none"
+    INCONCLUSIVE = "inconclusive"
+
+
+class Side(StrEnum):
+    """On which side of a never-taught model evidence lies."""
+
+    REMAINS = "remains"  # more than a model that never saw the data: knowledge is left
+    BEYOND = "beyond"  # less than such a model: over-unlearning, or an edit of the output
+    DAMAGE = "damage"  # something other than the forget set was changed
+    NEITHER = "neither"
+
+
+class Label(StrEnum):
+    """The overall verdict."""
+
+    NOT_UNLEARNED = "not-unlearned"
+    SUPPRESSED = "suppressed"
+    DELETED = "deleted"
+    OVER_UNLEARNED = "over-unlearned"
+    INCONCLUSIVE = "inconclusive"
+
+
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no NaN: a number that could not be computed is recorded as null, never as a zero."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+MaybeNumber = Annotated[float | None, BeforeValidator(_finite_or_none)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Control(_Model):
+    """One control beside a finding: what it was, what it gave, and whether it leaves the finding valid."""
+
+    name: str
+    description: str
+    estimate: MaybeNumber = None
+    ci95: tuple[MaybeNumber, MaybeNumber] | None = None
+    n: int | None = None
+    passed: bool | None = Field(default=None, description="null: recorded for comparison, gates nothing")
+    gates: Literal["evidence", "silence"] | None = Field(
+        default=None, description="what cannot be claimed while this control fails"
+    )
+
+
+class Table(_Model):
+    """A small table that belongs to a finding (and to its figure, as the figure's text alternative)."""
+
+    columns: list[str]
+    rows: list[list[str | int | MaybeNumber]]
+
+
+class Series(_Model):
+    """One line of a figure: y over x, with an optional 95 % band."""
+
+    label: str
+    x: list[float]
+    y: list[MaybeNumber]
+    lo: list[MaybeNumber] | None = None
+    hi: list[MaybeNumber] | None = None
+    role: str = Field(default="target", description="target | control | reference: sets the line's style")
+
+
+class Figure(_Model):
+    """A plot described by its data; the report draws it. `kind`: profile, distribution or bars."""
+
+    kind: str
+    title: str
+    alt: str
+    x_label: str
+    y_label: str
+    series: list[Series]
+    reference_lines: dict[str, float] = Field(default_factory=dict)
+
+
+class Finding(_Model):
+    """One measured statistic with its uncertainty, its control and what it says."""
+
+    id: str = Field(description="stable: instrument/statistic[/split]")
+    instrument: str
+    question: Question
+    statistic: str = Field(description="what was computed, in the field's terms")
+    split: str = Field(description="the sets compared, e.g. 'forget vs holdout'")
+    layer: str | None = None
+    estimate: MaybeNumber
+    ci95: tuple[MaybeNumber, MaybeNumber]
+    n: int = Field(description="independent units behind the estimate")
+    unit: str = Field(default="", description="of the estimate, e.g. 'accuracy', 'nats', 'AUC'")
+    orientation: str = Field(description="what a larger value means")
+    null: str = Field(description="the null hypothesis in words")
+    null_value: float = 0.0
+    p_value: MaybeNumber = None
+    smallest_p: MaybeNumber = Field(default=None, description="the least p-value so few entities can give")
+    p_adjusted: MaybeNumber = Field(default=None, description="Holm, across the findings of this question")
+    noise: float = Field(default=0.0, description="measured numeric noise of a log-probability, nats")
+    threshold: float = Field(description="smallest distance from null_value that counts as an effect")
+    sides: tuple[Side, Side] = Field(
+        default=(Side.REMAINS, Side.BEYOND),
+        description="what evidence above, and below, the null value means",
+    )
+    verdict: Outcome = Outcome.INCONCLUSIVE
+    side: Side = Side.NEITHER
+    reason: str = Field(default="", description="why the verdict is what it is, in plain words")
+    controls: list[Control] = Field(default_factory=list)
+    reference: str = Field(description="the paper the statistic comes from")
+    figure: Figure | None = None
+    table: Table | None = None
+
+
+class NotRun(_Model):
+    """An instrument that gave no finding, and why. `failed`: it crashed, rather than lacking an input."""
+
+    instrument: str
+    question: Question | None = None
+    reason: str
+    failed: bool = False
+
+
+class FileEntry(_Model):
+    """One file of a model folder."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class ModelEntry(_Model):
+    """One audited or reference model."""
+
+    name: str
+    digest: str = Field(description="SHA-256 over the folder's sorted paths, sizes and file digests")
+    architecture: str
+    parameters: int
+    dtype: str
+    files: list[FileEntry]
+
+
+class SetEntry(_Model):
+    """One example set of the case."""
+
+    digest: str
+    count: int
+    entities: int
+    source: str
+
+
+class CaseEntry(_Model):
+    """The audited case: its sets and the options that change what is measured."""
+
+    name: str
+    sets: dict[str, SetEntry]
+    options: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list, description="e.g. rows shared by forget and retain")
+
+
+class Environment(_Model):
+    """Where the audit ran."""
+
+    python: str
+    platform: str
+    packages: dict[str, str]
+    device: str
+    dtype: str
+    threads: int
+    seed: int
+    noise: dict[str, MaybeNumber] = Field(
+        default_factory=dict,
+        description="per role: largest log-probability difference between the batched and the plain pass",
+    )
+
+
+class ErrorRate(_Model):
+    """How often such a verdict is wrong. All null: not measured for this case, and the report says so."""
+
+    estimate: MaybeNumber = None
+    upper95: MaybeNumber = None
+    n: int = 0
+    basis: str = ""
+
+
+class Verdict(_Model):
+    """The overall verdict."""
+
+    label: Label
+    statement: str
+    reasons: list[str] = Field(default_factory=list, description="the rules that led here, in order")
+    coverage: dict[Question, str] = Field(description="per question: what was tested, and what was not")
+    false_positive_rate: ErrorRate = Field(default_factory=ErrorRate)
+    limits: list[str] = Field(default_factory=list)
+
+
+class InstrumentCost(_Model):
+    """What one instrument cost, apart from passes it shared with others."""
+
+    seconds: float = 0.0
+    forward_tokens: int = 0
+
+
+class Cost(_Model):
+    """What the audit cost. Left out when two records are compared for equality."""
+
+    seconds: float = 0.0
+    forward_tokens: int = 0
+    unique_tokens: int = 0
+    reused_tokens: int = Field(default=0, description="found in the evidence store, so not computed again")
+    peak_memory_bytes: int = 0
+    by_instrument: dict[str, InstrumentCost] = Field(default_factory=dict)
+
+
+class Tool(_Model):
+    """What wrote the record."""
+
+    name: str = "palimpsest-audit"
+    version: str
+    command: str = ""
+
+
+class ExampleRow(_Model):
+    """One forget example with what the target did on it, for the report's drill-down."""
+
+    id: str
+    prompt: str
+    answer: str
+    entity: str = ""
+    generated: str | None = None
+    scores: dict[str, MaybeNumber] = Field(default_factory=dict)
+
+
+class Record(_Model):
+    """Everything an audit found."""
+
+    schema_version: str = SCHEMA_VERSION
+    tool: Tool
+    created: str = Field(default="", description="UTC, ISO 8601; not part of the comparison of two records")
+    case: CaseEntry
+    models: dict[str, ModelEntry]
+    environment: Environment
+    findings: list[Finding]
+    not_run: list[NotRun]
+    verdict: Verdict
+    examples: list[ExampleRow] = Field(default_factory=list)
+    cost: Cost = Field(default_factory=Cost)
+
+    def to_json(self) -> str:
+        """The record as stable, readable JSON (sorted keys, two spaces, newline at the end)."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def comparable(self) -> dict[str, Any]:
+        """The record without times, costs and the command line: equal for the same case, seed and machine."""
+        data = self.model_dump(mode="json")
+        for key in ("created", "cost"):
+            data.pop(key)
+        data["tool"].pop("command")
+        return data
+
+    def write(self, path: Path) -> None:
+        """Write atomically: a reader sees the old record or the new one, never half of one."""
+        write_atomically(path, self.to_json().encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """Read `record.json`, or the one inside an audit folder.
+
+        Raises:
+            BadInput: no such file, not JSON, another schema version, or a field that does not fit it.
+        """
+        path = path / "record.json" if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise BadInput(f"{path}: no such record") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BadInput(f"{path}: not a readable JSON record ({error})") from None
+        version = str(data.get("schema_version", "")) if isinstance(data, dict) else ""
+        if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+            raise BadInput(f"{path}: schema_version {version!r}, this tool reads {SCHEMA_VERSION!r}")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise BadInput(f"{path}: field {where}: {first['msg']}") from None
+
+
+def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write `data` beside `path`, then rename it into place.
+
+    `sync` flushes it to disk first. Without, a killed process still leaves no half file; only a power cut can.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of `record.json`."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Record.model_json_schema()}

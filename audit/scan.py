@@ -1,0 +1,378 @@
+"""A scan: case -> plan -> capture -> measure -> judge -> record.
+
+One model is in memory at a time. For each role, the instruments say what they need of it, the plan merges that,
+and the engine runs what the evidence store does not hold yet; attacks then alter the model and ask again. Only
+when all evidence lies on disk are findings computed. A killed scan starts again at the first missing batch, with
+the same batches, and ends in the same record.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from audit.case import Case
+from audit.errors import AuditError, Incomplete
+from audit.instrument import Attack, Broken, Instrument, select
+from audit.inventory import Inventory, take_inventory
+from audit.progress import SILENT, Progress
+from audit.record import (
+    CaseEntry,
+    Cost,
+    Environment,
+    ExampleRow,
+    Finding,
+    InstrumentCost,
+    NotRun,
+    Record,
+    SetEntry,
+    Tool,
+    write_atomically,
+)
+from audit.verdict import conclude, judge
+
+if TYPE_CHECKING:
+    from audit.capture import Engine
+    from audit.evidence import Evidence, Store
+    from audit.plan import Generate, Request
+    from audit.target import Target
+
+_NOISE_SAMPLE = 8
+_MOST_EXAMPLES = 400
+
+
+@dataclass
+class _Run:
+    """A scan under way: the instruments still in it, those out of it and why, and what it cost so far."""
+
+    case: Case
+    out: Path
+    progress: Progress
+    instruments: list[Instrument]
+    not_run: list[NotRun]
+    limits: list[str] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
+
+    def drop(self, instrument: Instrument, error: Exception) -> None:
+        """Take a failed instrument out of the scan: a row in `not_run`, never an absence."""
+        self.instruments = [i for i in self.instruments if i is not instrument]
+        reason = str(error) if isinstance(error, AuditError) else f"{type(error).__name__}: {error}"
+        failed = not isinstance(error, AuditError)
+        self.not_run.append(
+            NotRun(instrument=instrument.name, question=instrument.question, reason=reason, failed=failed)
+        )
+
+    def charge(self, instrument: Instrument, seconds: float, tokens: int = 0) -> None:
+        """Add to what an instrument cost."""
+        cost = self.cost.by_instrument.setdefault(instrument.name, InstrumentCost())
+        cost.seconds += seconds
+        cost.forward_tokens += tokens
+
+
+def take_inventories(case: Case, progress: Progress = SILENT) -> dict[str, Inventory]:
+    """The inventory of every model folder; raises `Refused` before anything of them is opened."""
+    found = {}
+    for role, path in case.models.items():
+        with progress.step(f"inventory of {role}", 1) as tick:
+            found[role] = take_inventory(path)
+            tick(1)
+    return found
+
+
+def scan(case: Case, out: Path, *, progress: Progress = SILENT, command: str = "") -> Record:
+    """Audit `case`, keep evidence and record in `out`, and return the record.
+
+    Raises:
+        Refused: a model folder is unsafe or not whole.
+        BadInput: the case cannot be audited as given.
+        Incomplete: a pass through a model failed.
+    """
+    began = time.monotonic()
+    inventories = take_inventories(case, progress)
+    run = _Run(case, out, progress, *_choose(case))
+    run.limits += _limits(case)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "case.toml", case.to_toml().encode())
+    evidence = _capture_all(run, inventories)
+    findings, examples = _measure_all(run, evidence)
+    judged = judge(findings)
+    run.cost.seconds = time.monotonic() - began
+    run.cost.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    record = Record(
+        tool=Tool(version=version("palimpsest-audit"), command=command),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        case=_case_entry(case),
+        models={role: inventory.to_entry(case.models[role].name) for role, inventory in inventories.items()},
+        environment=_environment(case, evidence),
+        findings=judged,
+        not_run=run.not_run,
+        verdict=conclude(judged, run.not_run, run.limits),
+        examples=examples,
+        cost=run.cost,
+    )
+    record.write(out / "record.json")
+    return record
+
+
+def _choose(case: Case) -> tuple[list[Instrument], list[NotRun]]:
+    chosen: list[Instrument] = []
+    not_run: list[NotRun] = []
+    for item in select(case.options.only, case.options.skip):
+        if isinstance(item, Broken):
+            not_run.append(NotRun(instrument=item.name, reason=item.reason, failed=True))
+        elif reason := item.missing(case):
+            not_run.append(NotRun(instrument=item.name, question=item.question, reason=reason))
+        else:
+            chosen.append(item)
+    return chosen, not_run
+
+
+def _limits(case: Case) -> list[str]:
+    limits = [*case.notes]
+    limits += [
+        f"{name}: {len(case.rows(name))} of {len(examples)} rows used (budget {case.options.budget.value})"
+        for name, examples in case.sets.items()
+        if len(case.rows(name)) < len(examples)
+    ]
+    limits += [
+        f"{name}: rows carry no entity, so each counts as independent"
+        for name, examples in case.sets.items()
+        if not any(example.entity for example in examples)
+    ]
+    return limits
+
+
+# --- capture ------------------------------------------------------------------------------------------------
+
+
+def _capture_all(run: _Run, inventories: dict[str, Inventory]) -> Evidence:
+    import torch
+
+    from audit.evidence import Evidence
+    from audit.target import Target
+
+    device = run.case.options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    evidence = Evidence()
+    for role, inventory in inventories.items():
+        target = Target(
+            role,
+            inventory,
+            device=device,
+            dtype=getattr(torch, run.case.options.dtype),
+            template=run.case.options.template,
+        )
+        _capture(run, target, evidence, run.instruments)
+        for instrument in [i for i in run.instruments if isinstance(i, Attack)]:
+            _attack(run, target, evidence, instrument)
+        if target.truncated:
+            run.limits.append(f"{role}: {target.truncated} texts were longer than its context and were cut")
+        target.release()
+    return evidence
+
+
+def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequence[Instrument]) -> None:
+    """Ask the instruments what they need of this model, and run what the store does not hold."""
+    from audit.capture import Engine
+    from audit.evidence import Store, context_of
+    from audit.plan import Generate, Request
+
+    requests: list[Request | Generate] = []
+    for instrument in instruments:
+        began = time.monotonic()
+        try:
+            wanted = list(instrument.requests(run.case, target))
+        except Exception as error:  # one instrument's fault must not take the others' findings with it
+            run.drop(instrument, error)
+            continue
+        requests += wanted
+        tokens = sum(len(t.ids) for r in wanted if isinstance(r, Request) for t in r.sequences)
+        run.charge(instrument, time.monotonic() - began, tokens)
+    if not requests:
+        return
+    context = context_of(target.digest, dtype=str(target.dtype), device=str(target.device))
+    store = Store(run.out / "evidence", context)
+    if store.damaged:
+        run.limits.append(f"evidence of {target.role}: {len(store.damaged)} damaged blocks set aside, computed again")
+    engine = Engine(target)
+    try:
+        _run_scores(run, target, store, engine, [r for r in requests if isinstance(r, Request)])
+        _run_generations(run, target, store, engine, [r for r in requests if isinstance(r, Generate)])
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise Incomplete(f"{target.inventory.root}: a pass failed: {type(error).__name__}: {error}") from error
+    run.cost.forward_tokens += engine.forward_tokens
+    evidence.register(target.role, store, requests)
+    for request in requests:
+        if isinstance(request, Generate):
+            texts = [target.decode(store.read_continuation(p, request.new_tokens)) for p in request.prompts]
+            evidence.add_texts(target.role, request.name, texts)
+    if "+" not in target.role:
+        evidence.noise[target.role] = _noise(store, engine, [r for r in requests if isinstance(r, Request)])
+
+
+def _run_scores(run: _Run, target: Target, store: Store, engine: Engine, requests: list[Request]) -> None:
+    from audit.plan import Batch, merge
+
+    batches = engine.batches(merge(requests))
+    run.cost.unique_tokens += sum(batch.forward_tokens for batch in batches)
+
+    def missing(batch: Batch) -> bool:
+        return not all(store.knows(work.tokens, q) for work in batch.works for q in work.quantities)
+
+    todo = [batch for batch in batches if missing(batch)]
+    run.cost.reused_tokens += sum(batch.forward_tokens for batch in batches) - sum(b.forward_tokens for b in todo)
+    if not todo:
+        return
+    with run.progress.step(f"passes through {target.role}", sum(b.forward_tokens for b in todo)) as tick:
+        done = 0
+        for batch in todo:
+            store.write((row.tokens, row.values) for row in engine.run(batch))
+            done += batch.forward_tokens
+            tick(done)
+
+
+def _run_generations(run: _Run, target: Target, store: Store, engine: Engine, requests: list[Generate]) -> None:
+    todo = [
+        (prompts, request.new_tokens)
+        for request in {r.name: r for r in requests}.values()
+        for prompts in engine.prompt_batches(request)
+        if not all(store.knows_continuation(prompt, request.new_tokens) for prompt in prompts)
+    ]
+    if not todo:
+        return
+    with run.progress.step(f"answers of {target.role}", len(todo)) as tick:
+        for i, (prompts, new_tokens) in enumerate(todo):
+            written = engine.generate(prompts, new_tokens)
+            store.write_continuations(list(zip(prompts, written, strict=True)), new_tokens)
+            tick(i + 1)
+
+
+def _noise(store: Store, engine: Engine, requests: list[Request]) -> float:
+    """Largest difference between captured and plain log-probabilities, over a few texts of all lengths."""
+    known = store.note("noise")
+    if known is None:
+        texts = sorted(
+            {t for r in requests for t in r.sequences if any(q.name == "token" for q in r.quantities)},
+            key=lambda tokens: (len(tokens.ids), tokens.ids),
+        )
+        sample = texts[:: max(1, len(texts) // _NOISE_SAMPLE)][:_NOISE_SAMPLE]
+        known = engine.noise((tokens, store.read(tokens, "token")) for tokens in sample)
+        store.write_note("noise", known)
+    return known
+
+
+def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> None:
+    """Visit the altered models of an attack, unless every one's captures are on disk already."""
+    from audit.evidence import Store, context_of
+    from audit.plan import Generate, Request
+
+    began = time.monotonic()
+    try:
+        stages = attack.stages(run.case, target)
+        if not stages:
+            return
+        altered = [target.altered(stage.name, f"{attack.name}/{stage.recipe}") for stage in stages]
+        complete = True
+        for view in altered:
+            store = Store(run.out / "evidence", context_of(view.digest, dtype=str(view.dtype), device=str(view.device)))
+            wanted = [r for r in attack.requests(run.case, view) if isinstance(r, Request | Generate)]
+            complete &= all(
+                store.knows(tokens, q)
+                for r in wanted
+                if isinstance(r, Request)
+                for tokens in r.sequences
+                for q in r.quantities
+            )
+        if complete:
+            for view in altered:
+                _capture(run, view, evidence, [attack])
+            return
+        with run.progress.step(f"attack {attack.name}", 1000) as tick:
+            reached = attack.run(run.case, target, lambda done, total: tick(int(1000 * done / total)))
+            for stage, view in zip(reached, altered, strict=True):
+                assert view.role.endswith(stage.name), f"{attack.name} reached {stage.name} out of order"
+                view.adopt(target)
+                _capture(run, view, evidence, [attack])
+    except Incomplete:
+        raise
+    except Exception as error:
+        run.drop(attack, error)
+    finally:
+        target.release()
+        run.charge(attack, time.monotonic() - began)
+
+
+# --- measure ------------------------------------------------------------------------------------------------
+
+
+def _measure_all(run: _Run, evidence: Evidence) -> tuple[list[Finding], list[ExampleRow]]:
+    findings: list[Finding] = []
+    drill: dict[str, dict[str, float | str]] = {}
+    with run.progress.step("statistics", len(run.instruments)) as tick:
+        for i, instrument in enumerate(list(run.instruments)):
+            began = time.monotonic()
+            try:
+                found = instrument.measure(run.case, evidence)
+                for row, values in instrument.examples(run.case, evidence).items():
+                    drill.setdefault(row, {}).update(values)
+                findings += found
+            except Exception as error:
+                run.drop(instrument, error)
+            run.charge(instrument, time.monotonic() - began)
+            tick(i + 1)
+    return findings, _examples(run.case, drill)
+
+
+def _examples(case: Case, drill: dict[str, dict[str, float | str]]) -> list[ExampleRow]:
+    rows = []
+    for row in case.rows("forget") if "forget" in case.sets else ():
+        values = drill.get(row.id, {})
+        said = values.get("generated")
+        rows.append(
+            ExampleRow(
+                id=row.id,
+                prompt=row.prompt,
+                answer=row.answer,
+                entity=row.entity,
+                generated=said if isinstance(said, str) else None,
+                scores={key: value for key, value in values.items() if not isinstance(value, str)},
+            )
+        )
+    return rows[:_MOST_EXAMPLES]
+
+
+def _case_entry(case: Case) -> CaseEntry:
+    sets = {
+        name: SetEntry(digest=s.digest, count=len(s), entities=s.entities, source=s.source)
+        for name, s in case.sets.items()
+    }
+    return CaseEntry(name=case.name, sets=sets, options=case.options.dump(), notes=list(case.notes))
+
+
+def _environment(case: Case, evidence: Evidence) -> Environment:
+    import torch
+
+    packages = ("torch", "transformers", "transformer-lens", "numpy", "scipy", "scikit-learn", "safetensors")
+    device = case.options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Environment(
+        python=sys.version.split()[0],
+        platform=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        packages={name: version(name) for name in packages},
+        device=device,
+        dtype=case.options.dtype,
+        threads=torch.get_num_threads(),
+        seed=case.options.seed,
+        noise=dict(evidence.noise),
+    )

@@ -1,0 +1,282 @@
+"""An opened model: tokenizer, weights, and the canonical names of the places inside it.
+
+A folder is opened only after its inventory was taken (`audit.inventory`), with remote code and the network
+ruled out explicitly. The tokenizer is read at once; the weights when a pass first needs them, so a resumed
+scan that has every capture loads none.
+
+Places inside the model carry TransformerLens' hook names (`blocks.3.hook_resid_post`). They are resolved
+through its architecture adapters to the Hugging Face modules themselves, and recorded by plain hooks there:
+wrapping the model in a `TransformerBridge` changes its attention kernel, and with it the last digits.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from audit.errors import BadInput, Refused
+from audit.inventory import Inventory
+from audit.tokens import Tokens, common_prefix
+
+Template = str
+_QA = "Question: {prompt}\nAnswer:"
+
+
+class Target:
+    """A causal language model under audit, or one it is compared with.
+
+    Args:
+        role: `target`, `original` or `retrained`; an attacked model is `target+relearn@20`.
+        inventory: what `take_inventory` found in the folder.
+        device: a torch device.
+        dtype: of the weights in memory.
+        template: how a prompt becomes text: `auto`, `chat`, `qa`, `plain`, or a string with `{prompt}`.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        inventory: Inventory,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        template: Template = "auto",
+    ) -> None:
+        self.role = role
+        self.inventory = inventory
+        self.digest = inventory.digest
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.template = template
+        self.truncated = 0
+        self._model: Any = None
+        with _quiet():
+            self.tokenizer = self._load(AutoTokenizer)
+        if template == "chat" and not self.tokenizer.chat_template:
+            raise BadInput(f"{inventory.root}: template 'chat' asked for, but the tokenizer has none")
+
+    def _load(self, factory: Any, **options: Any) -> Any:
+        root: Path = self.inventory.root
+        if self.inventory.format == "gguf":
+            options["gguf_file"] = self.inventory.weight_files[0]
+            root = root.parent if root.is_file() else root
+        try:
+            return factory.from_pretrained(root, trust_remote_code=False, local_files_only=True, **options)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+            raise Refused(f"{self.inventory.root}: cannot be opened: {str(error).splitlines()[0]}") from None
+
+    # --- text to tokens -------------------------------------------------------------------------------
+
+    def context(self, prompt: str) -> tuple[str, str, bool]:
+        """The text before the answer, the separator before it, and whether special tokens are to be added."""
+        if not prompt:
+            return "", "", True
+        template = self.template
+        if template == "auto":
+            template = "chat" if self.tokenizer.chat_template else "qa" if prompt.rstrip().endswith("?") else "plain"
+        if template == "chat":
+            message = [{"role": "user", "content": prompt}]
+            text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            return str(text), "", False
+        form = {"qa": _QA, "plain": "{prompt}"}.get(template, template)
+        return form.replace("{prompt}", prompt.rstrip()), " ", True
+
+    def encode(self, prompt: str, answer: str) -> Tokens:
+        """Tokenize prompt and answer together; scored is every token that carries a part of the answer.
+
+        Tokenizing them apart would differ from what the model saw in training wherever a merge crosses the
+        boundary. A text longer than the context loses its beginning (with a prompt) or its end (without).
+        """
+        before, separator, special = self.context(prompt)
+        text = before + separator + answer
+        encoded = self.tokenizer(
+            text, add_special_tokens=special, return_offsets_mapping=self.tokenizer.is_fast, verbose=False
+        )
+        ids = tuple(encoded["input_ids"])
+        if self.tokenizer.is_fast:
+            offsets = encoded["offset_mapping"]
+            start = next((i for i, (_, end) in enumerate(offsets) if end > len(before)), len(ids))
+        else:
+            start = common_prefix(ids, tuple(self.tokenizer(before, add_special_tokens=special)["input_ids"]))
+        ids, start = self._fit(ids, start, keep_end=bool(prompt))
+        if len(ids) < 2:
+            ids = (self._any_start(), *(ids or (self._any_start(),)))
+        # The first token of a text without a BOS has no predecessor: it cannot be scored.
+        return Tokens(ids, min(max(start, 1), len(ids) - 1))
+
+    def encode_prompt(self, prompt: str, room: int = 0) -> tuple[int, ...]:
+        """Token ids to generate from, leaving `room` tokens of context free."""
+        before, _, special = self.context(prompt)
+        ids = tuple(self.tokenizer(before, add_special_tokens=special, verbose=False)["input_ids"])
+        limit = self.context_length - room
+        return ids[-limit:] if ids else (self._any_start(),)
+
+    def decode(self, ids: tuple[int, ...]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _fit(self, ids: tuple[int, ...], start: int, *, keep_end: bool) -> tuple[tuple[int, ...], int]:
+        excess = len(ids) - self.context_length
+        if excess <= 0:
+            return ids, start
+        self.truncated += 1
+        return (ids[excess:], start - excess) if keep_end else (ids[: self.context_length], start)
+
+    def _any_start(self) -> int:
+        tokenizer = self.tokenizer
+        return _first(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+    @property
+    def padding_id(self) -> int:
+        """A token to pad generation prompts with; it is masked out."""
+        return _first(self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Token ids that no perturbation may use."""
+        return frozenset(self.tokenizer.all_special_ids)
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence the model takes; 2048 where the configuration does not say."""
+        config = self.model.config if self._model is not None else self._config
+        length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        return int(length) if length else 2048
+
+    # --- weights --------------------------------------------------------------------------------------
+
+    @property
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        if not hasattr(self, "_config_cache"):
+            with _quiet():
+                self._config_cache = self._load(AutoConfig)
+        return self._config_cache
+
+    @property
+    def model(self) -> Any:
+        """The Hugging Face model, in evaluation mode; loaded on first use."""
+        if self._model is None:
+            with _quiet():
+                model = self._load(AutoModelForCausalLM, dtype=self.dtype)
+            self._model = model.to(self.device).eval().requires_grad_(False)
+        return self._model
+
+    def release(self) -> None:
+        """Forget the weights: the next use reads them from disk again, unaltered."""
+        self._model = None
+        gc.collect()
+
+    def altered(self, name: str, recipe: str) -> Target:
+        """This target after an attack: same folder, other role and digest, sharing the weights in memory."""
+        other = copy.copy(self)
+        other.role = f"{self.role}+{name}"
+        other.digest = hashlib.sha256(f"{self.digest}\n{recipe}".encode()).hexdigest()
+        return other
+
+    def adopt(self, other: Target) -> None:
+        """Take over another view's weights in memory: those an attack has altered by now."""
+        self._model = other._model
+
+    # --- places ---------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.model.get_submodule(self._places["blocks"]))
+
+    @property
+    def final_norm(self) -> torch.nn.Module:
+        """The normalisation before the unembedding."""
+        module: torch.nn.Module = self.model.get_submodule(self._places["ln_final"])
+        return module
+
+    def embedding(self) -> torch.Tensor:
+        """Token embeddings, shape [vocabulary, width], float32 on the CPU."""
+        weight: torch.Tensor = self.model.get_input_embeddings().weight
+        return weight.detach().float().cpu()
+
+    @property
+    def _places(self) -> dict[str, str]:
+        if not hasattr(self, "_places_cache"):
+            self._places_cache = _canonical_places(self.model.config)
+        return self._places_cache
+
+    def site(self, name: str) -> tuple[torch.nn.Module, str]:
+        """The module behind a canonical hook name, and whether its `input` or `output` is meant.
+
+        Names: `hook_embed`, `blocks.{i}.hook_resid_pre|hook_resid_post|hook_attn_out|hook_mlp_out`,
+        `ln_final.hook_in|hook_out`.
+
+        Raises:
+            BadInput: no such place in this architecture.
+        """
+        places = self._places
+        block = re.fullmatch(r"blocks\.(\d+)\.(\w+)", name)
+        try:
+            if block is not None:
+                path, side = (
+                    f"{places['blocks']}.{block[1]}",
+                    "input" if block[2].endswith("_pre") else "output",
+                )
+                if block[2] in ("hook_attn_out", "hook_mlp_out"):
+                    path += "." + places[block[2].split("_")[1]]
+                elif block[2] not in ("hook_resid_pre", "hook_resid_post", "hook_in", "hook_out"):
+                    raise KeyError(name)
+            else:
+                path, side = {
+                    "hook_embed": (places["embed"], "output"),
+                    "ln_final.hook_in": (places["ln_final"], "input"),
+                    "ln_final.hook_out": (places["ln_final"], "output"),
+                }[name]
+            return self.model.get_submodule(path), side
+        except (KeyError, AttributeError):
+            raise BadInput(f"{self.inventory.root}: no place named {name!r} in {self.inventory.architecture}") from None
+
+
+def _first(*tokens: int | None) -> int:
+    return next((int(token) for token in tokens if token is not None), 0)
+
+
+def _canonical_places(config: Any) -> dict[str, str]:
+    """Module paths of the canonical components, from TransformerLens' adapter for the architecture."""
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+    from transformer_lens.model_bridge.sources import build_bridge_config_from_hf
+    from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
+
+    architecture = determine_architecture_from_hf_config(config)
+    adapter = ArchitectureAdapterFactory.select_architecture_adapter(
+        build_bridge_config_from_hf(config, architecture, architecture, torch.float32)
+    )
+    mapping = adapter.get_component_mapping()
+    places = {part: mapping[part].name for part in ("embed", "blocks", "ln_final")}
+    return places | {part: mapping["blocks"].submodules[part].name for part in ("attn", "mlp")}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading prints bars and advice meant for interactive use; the scan has its own progress."""
+    level: Callable[[], int] = transformers_logging.get_verbosity
+    before, offline = level(), os.environ.get("HF_HUB_OFFLINE")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        transformers_logging.enable_progress_bar()
+        if offline is None:
+            del os.environ["HF_HUB_OFFLINE"]

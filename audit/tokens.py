@@ -1,0 +1,50 @@
+"""Token sequences: the currency between instruments, the planner and the capture engine."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A token sequence of which a tail is scored.
+
+    Attributes:
+        ids: token ids of the whole sequence, special tokens included.
+        start: index of the first scored token, 1 <= start < len(ids) (a token is scored by its predecessor).
+        rivals: ids that compete with `ids[start]` at that position (a multiple-choice fork); may be empty.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    rivals: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.start < len(self.ids):
+            raise ValueError(f"start {self.start} outside 1..{len(self.ids) - 1}: nothing to score")
+
+    @property
+    def scored(self) -> int:
+        """Number of scored tokens, at least 1."""
+        return len(self.ids) - self.start
+
+    @property
+    def key(self) -> str:
+        """Content address of ids and rivals: 32 hex digits. `start` is no part of it."""
+        return content_key(self.ids, self.rivals)
+
+
+def content_key(ids: tuple[int, ...], rivals: tuple[int, ...] = ()) -> str:
+    """SHA-256 (first 32 hex digits) over ids and rivals."""
+    data = array("q", (len(ids), *ids, *rivals)).tobytes()
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Number of leading ids that `a` and `b` share."""
+    limit = min(len(a), len(b))
+    if a[:limit] == b[:limit]:
+        return limit
+    return next(i for i in range(limit) if a[i] != b[i])

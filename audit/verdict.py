@@ -1,0 +1,269 @@
+"""From findings to a verdict: one rule for a finding, one small table for the whole.
+
+A finding is *evidence* if its test survives Holm's correction within its question (level 0.01), its effect reaches
+the threshold and no control forbids it; *none* if the upper end of its interval stays below the threshold and its
+positive control passed, so that it had the power to see; *inconclusive* otherwise.
+
+The verdict is the first rule in `RULES` that applies. Output statistics alone cannot tell suppressed from deleted
+(a retrained model with a refusal edit looks suppressed from outside), so `deleted` needs silence, with working
+positive controls, from inside (representation) and under attack (recovery) as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from audit.contrast import ALPHA
+from audit.record import ErrorRate, Finding, Label, NotRun, Outcome, Question, Side, Verdict
+from audit.statistics import holm
+
+KNOWLEDGE = (Question.LEAKAGE, Question.REPRESENTATION, Question.RECOVERY)
+"""The questions whose findings can show that knowledge remains."""
+
+OPEN_SHARE = 0.5
+"""From which share of a taught model's knowledge, in the output itself, on nothing counts as unlearned."""
+
+
+# --- one finding --------------------------------------------------------------------------------------------
+
+
+def judge(findings: Sequence[Finding]) -> list[Finding]:
+    """Set adjusted p-value, verdict, side and reason of every finding."""
+    judged = {}
+    for question in Question:
+        group = [f for f in findings if f.question == question]
+        for finding, adjusted in zip(group, holm([f.p_value for f in group]), strict=True):
+            outcome, side, reason = _decide(finding, adjusted)
+            judged[finding.id] = finding.model_copy(
+                update={"p_adjusted": adjusted, "verdict": outcome, "side": side, "reason": reason}
+            )
+    return [judged[f.id] for f in findings]
+
+
+def _decide(finding: Finding, adjusted: float | None) -> tuple[Outcome, Side, str]:
+    lo, hi = finding.ci95
+    if finding.estimate is None or lo is None or hi is None:
+        return Outcome.INCONCLUSIVE, Side.NEITHER, "the statistic, or its interval, could not be computed"
+    effect = finding.estimate - finding.null_value
+    failed = {c.gates: c for c in finding.controls if c.passed is False}
+    if adjusted is not None and adjusted <= ALPHA and abs(effect) >= finding.threshold:
+        side = finding.sides[0] if effect > 0 else finding.sides[1]
+        if abs(effect) <= finding.noise:
+            return Outcome.INCONCLUSIVE, Side.NEITHER, "the difference lies within the measured numeric noise"
+        if "evidence" in failed:
+            return Outcome.INCONCLUSIVE, Side.NEITHER, f"control failed: {failed['evidence'].name}"
+        return (
+            Outcome.EVIDENCE,
+            side,
+            f"p = {adjusted:.2g} after correction, effect at least {finding.threshold:g}",
+        )
+    # Silence is about the side that would matter: knowledge left, or damage done.
+    worst = _towards_alarm(finding, lo, hi)
+    if worst >= finding.threshold:
+        if finding.smallest_p is not None and finding.smallest_p > ALPHA:
+            return (
+                Outcome.INCONCLUSIVE,
+                Side.NEITHER,
+                (f"{finding.n} independent entities: no test with so few can reach p = {ALPHA:g}"),
+            )
+        return (
+            Outcome.INCONCLUSIVE,
+            Side.NEITHER,
+            (f"not shown, and an effect as large as {worst:.2g} (threshold {finding.threshold:g}) is not ruled out"),
+        )
+    if "silence" in failed:
+        return (
+            Outcome.INCONCLUSIVE,
+            Side.NEITHER,
+            (f"nothing seen, but the {failed['silence'].name} was not seen either: this instrument is blind here"),
+        )
+    return (
+        Outcome.NONE,
+        Side.NEITHER,
+        f"the 95 % interval excludes an effect of {finding.threshold:g} or more",
+    )
+
+
+def _towards_alarm(finding: Finding, lo: float, hi: float) -> float:
+    """How far the interval reaches towards the side that raises the alarm."""
+    alarm = (Side.REMAINS, Side.DAMAGE)
+    reach = []
+    if finding.sides[0] in alarm:
+        reach.append(hi - finding.null_value)
+    if finding.sides[1] in alarm:
+        reach.append(finding.null_value - lo)
+    return max(reach or [hi - finding.null_value, finding.null_value - lo])
+
+
+# --- the whole ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules look at.
+
+    Attributes:
+        remains: evidence that knowledge is left, by question.
+        beyond: evidence that the forget set is treated worse than something never taught.
+        lagging: evidence that the model relearns the forget set worse than new facts.
+        open_share: of what a taught model shows in its output, the median share the target shows.
+        gaps: why silence would not be enough for `deleted`.
+    """
+
+    remains: dict[Question, list[Finding]]
+    beyond: list[Finding]
+    lagging: list[Finding]
+    open_share: float | None
+    gaps: list[str]
+
+
+def gather(findings: Sequence[Finding]) -> Facts:
+    """The facts of judged findings."""
+    seen = [f for f in findings if f.verdict == Outcome.EVIDENCE]
+    remains = {q: [f for f in seen if f.question == q and f.side == Side.REMAINS] for q in KNOWLEDGE}
+    beyond = [f for f in seen if f.question == Question.LEAKAGE and f.side == Side.BEYOND]
+    lagging = [f for f in seen if f.question == Question.RECOVERY and f.side == Side.BEYOND]
+    gaps = []
+    for question in KNOWLEDGE:
+        silent = [f for f in findings if f.question == question and f.verdict == Outcome.NONE]
+        unclear = [f for f in findings if f.question == question and f.verdict == Outcome.INCONCLUSIVE]
+        if not silent:
+            gaps.append(f"{question.value}: no test was both able to see and silent")
+        elif unclear and question != Question.LEAKAGE:
+            gaps += [f"{question.value}: {f.id} is inconclusive ({f.reason})" for f in unclear]
+    return Facts(remains, beyond, lagging, _open_share(findings), gaps)
+
+
+def _open_share(findings: Sequence[Finding]) -> float | None:
+    """Median, over output statistics that can see known facts, of effect over a known fact's effect."""
+    shares = []
+    for finding in findings:
+        control = next((c for c in finding.controls if c.name == "positive control" and c.passed), None)
+        speaks = finding.question == Question.LEAKAGE and finding.sides[0] == Side.REMAINS
+        if speaks and control and control.estimate and finding.estimate is not None:
+            known = control.estimate - finding.null_value
+            shares.append((finding.estimate - finding.null_value) / known)
+    return median(shares) if shares else None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """If `applies`, the verdict is `label`, for the reasons `because`."""
+
+    label: Label
+    applies: Callable[[Facts], bool]
+    because: Callable[[Facts], list[str]]
+
+
+def _names(findings: Sequence[Finding]) -> str:
+    return ", ".join(f.id for f in findings)
+
+
+def _what_remains(facts: Facts) -> list[str]:
+    words = {
+        Question.LEAKAGE: "it comes out when asked",
+        Question.REPRESENTATION: "it is readable inside the model",
+        Question.RECOVERY: "it comes back under attack",
+    }
+    said = [f"{words[q]}: {_names(found)}" for q, found in facts.remains.items() if found]
+    if facts.beyond:
+        said.append(f"on the surface it is pushed below what was never taught: {_names(facts.beyond)}")
+    return said
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        Label.NOT_UNLEARNED,
+        lambda f: bool(f.remains[Question.LEAKAGE]) and f.open_share is not None and f.open_share >= OPEN_SHARE,
+        lambda f: [f"asked plainly, the target gives {f.open_share:.0%} of what it gives on retained facts (median)"],
+    ),
+    Rule(Label.SUPPRESSED, lambda f: any(f.remains.values()), _what_remains),
+    Rule(
+        Label.OVER_UNLEARNED,
+        lambda f: bool(f.beyond) and bool(f.lagging),
+        lambda f: [
+            f"forget facts are less likely than facts that were never taught: {_names(f.beyond)}",
+            f"and the model can hardly relearn them ({_names(f.lagging)}), so its silence under attack proves nothing",
+        ],
+    ),
+    Rule(
+        Label.INCONCLUSIVE,
+        lambda f: bool(f.beyond),
+        lambda f: [
+            "nothing was found inside or under attack, but forget facts are less likely than facts that were never "
+            f"taught ({_names(f.beyond)}): an edit on top of a deletion and an over-unlearned model look alike",
+        ],
+    ),
+    Rule(
+        Label.DELETED,
+        lambda f: not f.gaps and not f.lagging,
+        lambda _: [
+            "all tests that could see were silent: in the output, inside the model and under attack",
+            "the positive controls passed, and the forget facts are as likely as facts that were never taught",
+        ],
+    ),
+    Rule(
+        Label.INCONCLUSIVE,
+        lambda _: True,
+        lambda f: [*f.gaps, *([f"relearning is impaired: {_names(f.lagging)}"] if f.lagging else [])],
+    ),
+)
+
+STATEMENTS = {
+    Label.NOT_UNLEARNED: "The model still gives the supposedly forgotten answers when it is asked.",
+    Label.SUPPRESSED: "The forgotten knowledge is still in the model: it is hidden, not deleted.",
+    Label.DELETED: "Indistinguishable from a model that never saw the data, by these tests.",
+    Label.OVER_UNLEARNED: "The model treats the forget set worse than data it never saw, and is damaged there.",
+    Label.INCONCLUSIVE: "These tests do not settle whether the knowledge is gone.",
+}
+
+
+def conclude(findings: Sequence[Finding], not_run: Sequence[NotRun], limits: Sequence[str] = ()) -> Verdict:
+    """The verdict on judged findings."""
+    facts = gather(findings)
+    rule = next(rule for rule in RULES if rule.applies(facts))
+    statement = STATEMENTS[rule.label]
+    if rule.label == Label.DELETED:
+        statement += " " + _would_have_caught(findings)
+    unclear = [f.id for f in findings if f.verdict == Outcome.INCONCLUSIVE]
+    limits = [*limits]
+    if unclear:
+        limits.append(f"inconclusive, and not counted as clean: {', '.join(unclear)}")
+    limits.append("the verdict's rules are not yet calibrated on models of known history")
+    return Verdict(
+        label=rule.label,
+        statement=statement,
+        reasons=rule.because(facts),
+        coverage={q: _coverage(q, findings, not_run) for q in Question},
+        false_positive_rate=ErrorRate(
+            basis=f"not measured for this case; nominally {ALPHA:.0%} for each of {len(KNOWLEDGE)} questions, by the "
+            "level of the tests alone"
+        ),
+        limits=limits,
+    )
+
+
+def _would_have_caught(findings: Sequence[Finding]) -> str:
+    silent = [f for f in findings if f.verdict == Outcome.NONE and f.question in KNOWLEDGE]
+    effects = "; ".join(f"{f.id} {f.threshold:g} {f.unit}".strip() for f in silent)
+    return f"Each excludes, with 95 % confidence, an effect as large as: {effects}."
+
+
+def _coverage(question: Question, findings: Sequence[Finding], not_run: Sequence[NotRun]) -> str:
+    group = [f for f in findings if f.question == question]
+    missing = [n.instrument for n in not_run if n.question == question]
+    if not group and not missing:
+        return "not tested: no instrument for this question"
+    counts = ", ".join(
+        f"{sum(f.verdict == outcome for f in group)} {word}"
+        for outcome, word in (
+            (Outcome.EVIDENCE, "with evidence"),
+            (Outcome.NONE, "silent"),
+            (Outcome.INCONCLUSIVE, "inconclusive"),
+        )
+    )
+    tested = f"{len(group)} statistics by {len({f.instrument for f in group})} instruments: {counts}" if group else ""
+    absent = f"not run: {', '.join(missing)}" if missing else ""
+    return "; ".join(part for part in (tested or "not tested", absent) if part)

@@ -1,0 +1,408 @@
+"""The command line: parse, call, print. Nothing is measured, judged or drawn here.
+
+Only what a command needs is imported, so that `--help`, `list`, `inventory`, `schema` and `report` start without
+torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from audit.errors import AuditError, Incomplete
+
+if TYPE_CHECKING:
+    from audit.case import Case
+    from audit.progress import Progress, Tick
+    from audit.record import Record
+
+app = typer.Typer(
+    name="audit",
+    help="Palimpsest: is it forgotten, how do we know, how sure are we, and what could not be tested?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_out = Console()
+_err = Console(stderr=True)
+
+OptionalPath = Path | None
+SetOption = Annotated[
+    str | None,
+    typer.Option(help="PATH or PATH?key=value&…: limit, offset, preset, columns, passage_words; others filter rows"),
+]
+
+
+def main() -> None:
+    """Entry point: errors made on purpose are one line and an exit code, never a traceback."""
+    try:
+        app(standalone_mode=False)
+    except AuditError as error:
+        _fail(str(error), error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted; what was captured is kept, the same command goes on from there", 130)
+    except Exception as error:  # Typer and Click signal bad usage by exceptions of their own
+        exit_code = getattr(error, "exit_code", None)
+        if exit_code is None:
+            raise
+        show = getattr(error, "format_message", None)
+        if show is not None and str(show()):
+            _fail(str(show()), int(exit_code))
+        sys.exit(int(exit_code))
+
+
+def _fail(message: str, code: int) -> None:
+    from reports.escape import one_line
+
+    _err.print(f"audit: {one_line(message, 2000)}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+# --- scan ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def scan(
+    model: Annotated[OptionalPath, typer.Argument(metavar="MODEL_DIR", help="the model under audit")] = None,
+    case: Annotated[OptionalPath, typer.Option(help="case.toml; flags override it")] = None,
+    forget: SetOption = None,
+    retain: SetOption = None,
+    holdout: SetOption = None,
+    neighbor: SetOption = None,
+    utility: SetOption = None,
+    columns: Annotated[str | None, typer.Option(help="for all sets: prompt:question,answer:answer,…")] = None,
+    original: Annotated[OptionalPath, typer.Option(help="the model before unlearning")] = None,
+    retrained: Annotated[OptionalPath, typer.Option(help="trained the same way without the forget set")] = None,
+    out: Annotated[Path, typer.Option(help="where record, report and evidence go")] = Path("audit-out"),
+    only: Annotated[str | None, typer.Option(help="instruments to run, by name, comma-separated")] = None,
+    skip: Annotated[str | None, typer.Option(help="instruments not to run")] = None,
+    access: Annotated[str | None, typer.Option(help="text, logprobs or weights")] = None,
+    template: Annotated[str | None, typer.Option(help="auto, chat, qa, plain or text with {prompt}")] = None,
+    budget: Annotated[str | None, typer.Option(help="quick, standard or thorough")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
+    fail_on: Annotated[str, typer.Option(help="exit 1 at: evidence, inconclusive (or evidence), never")] = "evidence",
+    as_json: Annotated[bool, typer.Option("--json", help="print the record")] = False,
+) -> None:
+    """Audit a model folder: verdict, record.json and report.html."""
+    sets = {"forget": forget, "retain": retain, "holdout": holdout, "neighbor": neighbor, "utility": utility}
+    models = {"target": model, "original": original, "retrained": retrained}
+    options = {
+        "only": only,
+        "skip": skip,
+        "access": access,
+        "template": template,
+        "budget": budget,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+    }
+    _audit(_build_case(case, models, sets, columns, options), out, fail_on=fail_on, as_json=as_json)
+
+
+@app.command()
+def attack(
+    name: Annotated[str, typer.Argument(help="an attack, see `audit list`")],
+    model: Annotated[OptionalPath, typer.Argument(metavar="MODEL_DIR")] = None,
+    case: Annotated[OptionalPath, typer.Option(help="case.toml")] = None,
+    forget: SetOption = None,
+    retain: SetOption = None,
+    holdout: SetOption = None,
+    original: Annotated[OptionalPath, typer.Option()] = None,
+    retrained: Annotated[OptionalPath, typer.Option()] = None,
+    out: Annotated[Path, typer.Option()] = Path("audit-out"),
+    budget: Annotated[str | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    fail_on: Annotated[str, typer.Option()] = "evidence",
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Run one attack alone, as a scan would."""
+    sets = {"forget": forget, "retain": retain, "holdout": holdout}
+    models = {"target": model, "original": original, "retrained": retrained}
+    options = {"only": name, "budget": budget, "seed": seed}
+    _audit(_build_case(case, models, sets, None, options), out, fail_on=fail_on, as_json=as_json)
+
+
+def _build_case(
+    path: Path | None,
+    models: dict[str, Path | None],
+    sets: dict[str, str | None],
+    columns: str | None,
+    options: dict[str, Any],
+) -> Case:
+    """The case file, overridden by the flags."""
+    from audit.case import Case, Options, read_case
+    from audit.loaders import parse_set_spec
+
+    name, known, specs, raw = read_case(path) if path is not None else ("", {}, {}, {})
+    known |= {role: folder for role, folder in models.items() if folder is not None}
+    for set_name, text in sets.items():
+        if text is not None:
+            glue = "&" if "?" in text else "?"
+            specs[set_name] = parse_set_spec(text + (f"{glue}columns={columns}" if columns else ""))
+    raw |= {key: value for key, value in options.items() if value is not None}
+    return Case.build(known, specs, Options.parse(raw, str(path) if path else "command line"), name)
+
+
+def _audit(case: Case, out: Path, *, fail_on: str, as_json: bool) -> None:
+    """Scan, report, print, and leave with the exit code the result asks for."""
+    from audit.errors import BadInput
+    from audit.record import Outcome
+
+    alarms = {
+        "never": set(),
+        "evidence": {Outcome.EVIDENCE},
+        "inconclusive": {Outcome.EVIDENCE, Outcome.INCONCLUSIVE},
+    }
+    if fail_on not in alarms:
+        raise BadInput(f"--fail-on {fail_on!r} is none of {', '.join(alarms)}")
+    record = _scan_and_report(case, out, show=not as_json)
+    if as_json:
+        sys.stdout.write(record.to_json())
+    failed = [n for n in record.not_run if n.failed]
+    if failed:
+        raise Incomplete(
+            f"incomplete: {', '.join(n.instrument for n in failed)} failed (reasons in {out / 'record.json'})"
+        )
+    if any(f.verdict in alarms[fail_on] for f in record.findings):
+        raise typer.Exit(1)
+
+
+def _scan_and_report(case: Case, out: Path, *, show: bool) -> Record:
+    from audit.scan import scan as run_scan
+    from reports.html import write_report
+    from reports.text import summary
+
+    with _bars() as progress:
+        record = run_scan(case, out, progress=progress, command=shlex.join(["audit", *sys.argv[1:]]))
+        with progress.step("report", 1) as tick:
+            page = write_report(record, out)
+            tick(1)
+    if show:
+        _out.print(summary(record))
+        _out.print(f"report: {page.resolve()}", markup=False, highlight=False, soft_wrap=True)
+    return record
+
+
+# --- demo ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="where models, data and audit go")] = Path("audit-demo"),
+    base: Annotated[OptionalPath, typer.Option(help="start from this model folder instead of from scratch")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    budget: Annotated[str, typer.Option(help="quick, standard or thorough")] = "standard",
+    fail_on: Annotated[str, typer.Option(help="evidence, inconclusive or never")] = "never",
+) -> None:
+    """Build three small models of known history, and audit the unlearned one."""
+    from audit.case import Case, Options
+    from audit.loaders import SetSpec
+    from audit.organisms.demo import build_demo
+
+    with _bars() as progress:
+        built = build_demo(out, seed=seed, base=base, progress=_stages(progress))
+    specs = {name: SetSpec(path) for name, path in built.sets.items()}
+    models = {"target": built.models["unlearned"]} | {r: built.models[r] for r in ("original", "retrained")}
+    options = Options.parse({"seed": seed, "budget": budget, "template": "plain"}, "demo")
+    _audit(
+        Case.build(models, specs, options, "demo: a small world, unlearned"),
+        out / "audit",
+        fail_on=fail_on,
+        as_json=False,
+    )
+
+
+def _stages(progress: Progress) -> Any:
+    """`build_demo` reports (stage, done, total); show each stage as a step of its own."""
+    open_step: dict[str, Any] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in open_step:
+            open_step[stage] = (context := progress.step(stage, total)), context.__enter__()
+        context, tick = open_step[stage]
+        tick(done)
+        if done >= total:
+            context.__exit__(None, None, None)
+
+    return show
+
+
+# --- without a model ----------------------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_instruments(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """The instruments, by question."""
+    from rich.table import Table
+
+    from audit.instrument import Attack, Broken, load_all
+
+    rows = [
+        {"name": i.name, "broken": i.reason}
+        if isinstance(i, Broken)
+        else {
+            "name": i.name,
+            "kind": "attack" if isinstance(i, Attack) else "instrument",
+            "title": i.title,
+            "question": i.question.value,
+            "access": i.access.name.lower(),
+            "sets": list(i.sets),
+            "roles": list(i.roles),
+            "reference": i.reference,
+        }
+        for i in load_all()
+    ]
+    if as_json:
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        return
+    table = Table("question", "name", "asks", "access", "needs", "source")
+    for row in rows:
+        if "broken" in row:
+            table.add_row("", str(row["name"]), f"broken: {row['broken']}")
+        else:
+            needs = ", ".join([*row["sets"], *row["roles"]])
+            table.add_row(*(str(row[k]) for k in ("question", "name", "title", "access")), needs, str(row["reference"]))
+    _out.print(table)
+
+
+@app.command()
+def inventory(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR")],
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """What lies in a model folder: digests, formats, refusals. Opens nothing."""
+    from rich.table import Table
+
+    from audit.inventory import take_inventory
+
+    entry = take_inventory(model).to_entry(model.name)
+    if as_json:
+        sys.stdout.write(entry.model_dump_json(indent=2) + "\n")
+        return
+    table = Table(
+        "file",
+        "bytes",
+        "SHA-256",
+        title=f"{entry.architecture}, {entry.parameters:,} parameters, {entry.dtype}",
+    )
+    for file in entry.files:
+        table.add_row(file.path, f"{file.size:,}", file.sha256)
+    _out.print(table)
+    _out.print(f"digest {entry.digest}", highlight=False)
+
+
+@app.command()
+def report(
+    audit_dir: Annotated[Path, typer.Argument(metavar="OUT", help="an audit folder, or its record.json")],
+    out: Annotated[OptionalPath, typer.Option(help="where report.html goes; beside the record if not given")] = None,
+) -> None:
+    """Render report.html from a record again; needs no model."""
+    from audit.record import Record
+    from reports.html import write_report
+
+    folder = audit_dir if audit_dir.is_dir() else audit_dir.parent
+    page = write_report(Record.read(audit_dir), out or folder)
+    _out.print(str(page.resolve()), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def schema() -> None:
+    """JSON Schema of record.json."""
+    from audit.record import json_schema
+
+    sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="file to write")] = Path("case.toml")) -> None:
+    """Write a commented case.toml to fill in."""
+    from audit.errors import BadInput
+    from audit.record import write_atomically
+
+    if path.exists():
+        raise BadInput(f"{path}: exists already")
+    write_atomically(path, CASE_TEMPLATE.encode())
+    _out.print(f"wrote {path}: fill it in, then `audit scan --case {path}`", markup=False, highlight=False)
+
+
+CASE_TEMPLATE = """\
+# A Palimpsest case: what is audited. Paths are relative to this file.
+name = "my audit"
+
+[models]
+target = "path/to/unlearned-model"          # a Hugging Face folder: safetensors, config, tokenizer
+# original = "path/to/model-before"         # the same model before unlearning
+# retrained = "path/to/model-without"       # trained the same way without the forget set
+
+[sets]
+# JSONL, JSON, CSV, Parquet, plain text, or a folder saved with datasets' save_to_disk. The columns of TOFU,
+# RWKU, MUSE and DUSK are recognised; others are named with columns.
+forget = "forget.jsonl"
+retain = "retain.jsonl"                     # should have stayed: the positive control
+holdout = "holdout.jsonl"                   # like the forget set, but never trained on: the control that matters most
+# utility = "world_facts.jsonl"             # what else should have stayed
+# forget = { path = "full.jsonl", where = { split = "forget01" }, limit = 400 }
+# forget = { path = "mine.csv", columns = { prompt = "q", answer = "a", entity = "author" } }
+
+[options]
+seed = 0
+budget = "standard"                         # quick | standard | thorough
+access = "weights"                          # text | logprobs | weights: what you can see of the model
+template = "auto"                           # auto | chat | qa | plain, or text with {prompt}
+# only = ["knowledge", "relearn"]
+# skip = ["remind"]
+"""
+
+
+# --- progress -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    """Progress bars on standard error; plain lines, one a step, where that is no terminal."""
+    from rich.progress import (
+        BarColumn,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+
+    class Drawn:
+        def __init__(self, bars: Bars) -> None:
+            self._bars = bars
+
+        @contextmanager
+        def step(self, label: str, total: int) -> Iterator[Tick]:
+            task = self._bars.add_task(label, total=total)
+            if not _err.is_terminal:
+                _err.print(f"{label} …", markup=False, highlight=False)
+            yield lambda done: self._bars.update(task, completed=done)
+            self._bars.update(task, completed=total)
+
+    with Bars(*columns, console=_err, disable=not _err.is_terminal) as bars:
+        yield Drawn(bars)
+
+
+if __name__ == "__main__":
+    main()

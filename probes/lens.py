@@ -1,0 +1,161 @@
+"""Logit lens: is the right answer readable from the layers below the output?
+
+What is measured: the state at every block's output is read through the model's own final norm and unembedding, at
+the position where the answer is decided. Where the example has wrong answers, that is the **fork**: the first
+position at which the right answer and a wrong one differ while everything before is the same; the statistic is
+whether the right token beats all tokens offered there (chance: 1 in the number of options). Without wrong answers
+it is the reciprocal rank of the answer's tokens over the whole vocabulary.
+
+    z_l = W_U · norm(h_l),   choice_l = 1[ z_l(right) > max z_l(wrong) ],   rr_l = 1 / rank of the right token
+
+Source: nostalgebraist 2020 ("interpreting GPT: the logit lens"); as a test of unlearning: Patil et al. 2024
+(arXiv 2309.17410), section 4; Łucki et al. 2024 (arXiv 2409.18025).
+
+Traps:
+
+- *Silence is not deletion.* A full-depth edit (an adapter on all layers) hides from every linear readout and is
+  found by relearning only; late or one-layer edits show here at once.
+- *Early layers read as noise*: the lens assumes they share the output's basis. The last layer is the model itself
+  and serves as positive control; a choice among layers is paid for in the interval and the p-value.
+- *Ranks over the whole vocabulary* reward knowing what kind of word comes next; the never-taught control is what
+  takes that off.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from audit.case import Case
+from audit.contrast import NO_CONTROL, Statistic, against_never_taught, has_control
+from audit.evidence import Evidence
+from audit.instrument import Access, Instrument
+from audit.loaders import Example
+from audit.plan import Request
+from audit.quantities import Quantity, View
+from audit.record import Finding, Question
+from audit.target import Target
+from audit.tokens import Tokens
+
+if TYPE_CHECKING:
+    import torch
+
+_SOURCE = "nostalgebraist 2020; Patil et al. 2024, arXiv 2309.17410, section 4"
+
+CHOICE = Statistic(
+    "choice", "logit lens: the right answer beats the wrong ones where they fork", "accuracy",
+    "larger: the right answer is readable inside more often", (0.0, 1.0), 0.1, _SOURCE,
+)  # fmt: skip
+RANK = Statistic(
+    "reciprocal-rank", "logit lens: reciprocal rank of the right token", "1/rank",
+    "larger: the right answer stands higher inside", (0.0, 1.0), 0.1, _SOURCE,
+)  # fmt: skip
+
+
+def read_off(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Reciprocal rank of each right token, ties at their mean: [N] in (0, 1] from logits [N, vocabulary]."""
+    right = logits.gather(1, tokens[:, None])
+    above = (logits > right).sum(1)
+    equal = (logits == right).sum(1)
+    return 1.0 / (above + (equal + 1) / 2.0)
+
+
+def beats(logits: torch.Tensor, tokens: torch.Tensor, rivals: list[tuple[int, ...]]) -> torch.Tensor:
+    """Does the right token beat all its rivals? [N] in [0, 1]: ties share 1; without rivals NaN."""
+    import torch
+
+    out = torch.full((len(tokens),), float("nan"), device=logits.device)
+    for i, ids in enumerate(rivals):
+        if ids:
+            right, others = logits[i, tokens[i]], logits[i, list(ids)]
+            won = (right >= others.max()).float()
+            out[i] = won / (1 + (others == right).sum())
+    return out
+
+
+def layer_readout(layers: int) -> Quantity:
+    """Record, at every scored token and block output, reciprocal rank and win over rivals: [T, layers] each."""
+    sites = tuple(f"blocks.{i}.hook_resid_post" for i in range(layers))
+
+    def compute(view: View) -> dict[str, torch.Tensor]:
+        import torch
+
+        ranks, wins = [], []
+        for site in sites:
+            logits = view.lens(site)
+            ranks.append(read_off(logits, view.tokens))
+            wins.append(beats(logits, view.tokens, list(view.rivals)))
+        return {"rank": torch.stack(ranks, 1), "wins": torch.stack(wins, 1)}
+
+    return Quantity(f"lens-{layers}", compute, sites)
+
+
+def fork(target: Target, row: Example) -> Tokens | None:
+    """The sequence up to the position where most wrong answers leave the right one, with their tokens as rivals."""
+    right = target.encode(row.prompt, row.answer)
+    leaving: dict[int, set[int]] = {}
+    for text in row.wrong:
+        wrong = target.encode(row.prompt, text)
+        shared = min(len(right.ids), len(wrong.ids))
+        at = next((i for i in range(shared) if right.ids[i] != wrong.ids[i]), None)
+        if at is not None and at >= 1:
+            leaving.setdefault(at, set()).add(wrong.ids[at])
+    if not leaving:
+        return None
+    at = Counter({position: len(ids) for position, ids in leaving.items()}).most_common(1)[0][0]
+    return Tokens(right.ids[: at + 1], at, tuple(sorted(leaving[at])))
+
+
+class Lens(Instrument):
+    """Is the right answer readable inside, below the output?"""
+
+    name = "lens"
+    title = "Is the answer readable inside?"
+    question = Question.REPRESENTATION
+    access = Access.WEIGHTS
+    reference = _SOURCE
+
+    def missing(self, case: Case) -> str | None:
+        """Needs something never taught to compare with."""
+        return super().missing(case) or (None if has_control(case) else NO_CONTROL)
+
+    def requests(self, case: Case, target: Target) -> list[Request]:
+        """Every row at its fork, or, if some row has no wrong answers, at all tokens of its answer."""
+        if "+" in target.role:
+            return []
+        readout = layer_readout(target.layers)
+        made = []
+        for name in ("forget", "holdout", "retain"):
+            if name in case.sets:
+                rows = case.rows(name)
+                if _has_options(case):
+                    forks = [fork(target, row) or target.encode(row.prompt, row.answer) for row in rows]
+                else:
+                    forks = [target.encode(row.prompt, row.answer) for row in rows]
+                made.append(Request(f"lens/{name}", tuple(forks), (readout,)))
+        return made
+
+    def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
+        """The layer at which the forget set exceeds the never-taught control most."""
+        options = _has_options(case)
+        example = evidence.scores("target", "lens/forget")[0]["rank"]
+        layers = int(example.shape[1])
+
+        def score(role: str, name: str) -> NDArray[np.float64]:
+            values = []
+            for arrays in evidence.iterate(role, f"lens/{name}"):
+                wins = arrays["wins"][0]
+                # A row whose options never fork (one contains the other) is read by rank; it is rare.
+                values.append(wins if options and np.isfinite(wins).all() else arrays["rank"].mean(0))
+            return np.array(values, dtype=float)
+
+        statistic = CHOICE if options else RANK
+        axis = ("after block", [float(i) for i in range(layers)])
+        return [against_never_taught(self, case, evidence, statistic, score, columns=axis)]
+
+
+def _has_options(case: Case) -> bool:
+    return all(row.wrong for name in ("forget", "holdout", "retain") if name in case.sets for row in case.rows(name))
