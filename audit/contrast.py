@@ -7,7 +7,8 @@ which compares with the best control the case has:
 - holdout set and retrained model: (target − retrained) on forget rows against the same on holdout rows; what the
   two sets, or the two models, differ in by themselves cancels;
 - holdout set alone: forget rows against holdout rows, in the very same target;
-- retrained model alone: target against retrained, row by row.
+- retrained model alone: target against retrained, row by row;
+- neither: the level is reported with its interval, and nothing is concluded from it.
 
 The **positive control** is the untouched retain set in the same target (or the original on the forget set): an
 instrument that cannot see what is there proves nothing by seeing nothing.
@@ -29,7 +30,6 @@ from audit.loaders import Example
 from audit.record import Control, Figure, Finding, Series, Table
 from audit.statistics import (
     Estimate,
-    MaxEstimate,
     auc_two_sample,
     max_over_columns,
     mean_estimate,
@@ -44,7 +44,7 @@ Floats = NDArray[np.float64]
 Score = Callable[[str, str], Floats]
 """From (role, set name) to one number a row, shape [rows], or one a row and column, shape [rows, columns]."""
 
-NO_CONTROL = "needs a never-taught control: the holdout set or the retrained model"
+NO_CONTROL = "none at hand: give a holdout set, or a retrained model, to conclude anything from this level"
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,6 @@ class Statistic:
     bounds: tuple[float, float] | None
     threshold: float
     reference: str
-
-
-def has_control(case: Case) -> bool:
-    """Does the case hold a never-taught control?"""
-    return "holdout" in case.sets or "retrained" in case.models
 
 
 def against_never_taught(
@@ -102,78 +97,107 @@ def against_never_taught(
         extra: controls of the instrument's own.
     """
     roles = tuple(role for role in roles if role in case.models)
-    seed = case.options.seed
     score = cache(score)
     used = rows or {name: case.rows(name) for name in case.sets}
     clusters = {name: case.clusters(examples) for name, examples in used.items()}
-    holdout, retrained = "holdout" in case.sets, "retrained" in roles
-    bounds = statistic.bounds
-    split, null = "forget vs holdout", "forget rows score as rows that were never taught (holdout)"
-    a, b = score("target", "forget"), score("target", "holdout") if holdout else None
-    if retrained and b is None and columns is not None:
-        b, clusters["holdout"] = score("retrained", "forget"), clusters["forget"]
-        split, null = (
-            "target vs retrained, forget",
-            "the target scores forget rows as the retrained model does",
-        )
-    elif retrained and (subtract or b is None):
-        a = a - score("retrained", "forget")
-        split, null = (
-            "target vs retrained, forget",
-            "the target scores forget rows as the retrained model does",
-        )
-        if b is not None:
-            b = b - score("retrained", "holdout")
-            split = "forget vs holdout, target minus retrained"
-            null = "target and retrained model differ on forget rows as they do on holdout rows"
-        bounds = (bounds[0] - bounds[1], bounds[1] - bounds[0]) if bounds else None
-
-    layer = figure = None
-    table = _group_table(case, statistic, score, clusters, roles) if columns is None else None
-    estimate: Estimate
+    design = _design(statistic, score, clusters, roles, subtract=subtract, whole=columns is not None)
+    by_rank = auc and design.b is not None
+    estimate, layer = _estimate(design, columns, by_rank=by_rank, seed=case.options.seed)
     if columns is not None:
-        assert b is not None, NO_CONTROL
-        best = max_over_columns(a, b, clusters["forget"], clusters["holdout"], bounds=bounds, seed=seed)
-        estimate, layer = _best(best, columns)
         figure, table = _profile(case, statistic, score, clusters, columns, roles)
-    elif auc and b is not None:
-        estimate = auc_two_sample(a, b, clusters["forget"], clusters["holdout"], seed=seed)
-    elif b is not None:
-        estimate = two_sample(a, b, clusters["forget"], clusters["holdout"], bounds=bounds, seed=seed)
     else:
-        estimate = one_sample(a, clusters["forget"], bounds=bounds, seed=seed)
-    by_rank = auc and b is not None
+        figure, table = None, _group_table(case, statistic, score, clusters, roles)
     controls = [_positive(case, statistic, score, clusters, roles, by_rank=by_rank, columns=columns is not None)]
-    controls += extra or []
+    if design.b is None and not design.paired:
+        controls = [Control(name="never-taught control", description=NO_CONTROL, passed=False, gates="evidence")]
     return Finding(
         id=f"{instrument.name}/{statistic.name}",
         instrument=instrument.name,
         question=instrument.question,
         statistic=statistic.words,
-        split=split,
+        split=design.split,
         layer=layer,
         estimate=estimate.value,
         ci95=(estimate.lo, estimate.hi),
         n=estimate.n,
         unit="AUC" if by_rank else statistic.unit,
         orientation=statistic.orientation,
-        null=null,
+        null=design.null,
         null_value=0.5 if by_rank else 0.0,
         p_value=estimate.p_value,
         smallest_p=estimate.smallest_p,
         threshold=statistic.threshold,
         noise=max(evidence.noise.values(), default=0.0),
-        controls=controls,
+        controls=controls + (extra or []),
         reference=statistic.reference,
         figure=figure,
         table=table,
     )
 
 
-def _best(estimate: MaxEstimate, columns: tuple[str, list[float]]) -> tuple[Estimate, str]:
-    """The column with the largest excess: knowledge that remains anywhere remains."""
-    best = max(range(len(columns[1])), key=lambda i: estimate.per_column[i].value)
-    return estimate.per_column[best], f"{columns[0]} {columns[1][best]:g}"
+@dataclass(frozen=True)
+class _Design:
+    """What is compared with what: `a` with `b`, or, if `paired`, the differences `a` with zero."""
+
+    a: Floats
+    b: Floats | None
+    a_clusters: list[str]
+    b_clusters: list[str]
+    bounds: tuple[float, float] | None
+    split: str
+    null: str
+    paired: bool = False
+
+
+def _design(
+    statistic: Statistic,
+    score: Score,
+    clusters: dict[str, list[str]],
+    roles: tuple[str, ...],
+    *,
+    subtract: bool,
+    whole: bool,
+) -> _Design:
+    """The best comparison the case allows. `whole`: scores have columns, which are never paired row by row."""
+    forget, bounds = score("target", "forget"), statistic.bounds
+    difference = (bounds[0] - bounds[1], bounds[1] - bounds[0]) if bounds else None
+    c = clusters["forget"]
+    if "holdout" in clusters:
+        holdout, h = score("target", "holdout"), clusters["holdout"]
+        if "retrained" in roles and subtract:
+            forget, holdout = forget - score("retrained", "forget"), holdout - score("retrained", "holdout")
+            null = "target and retrained model differ on forget rows as they do on holdout rows"
+            return _Design(forget, holdout, c, h, difference, "forget vs holdout, target minus retrained", null)
+        null = "forget rows score as rows that were never taught (holdout)"
+        return _Design(forget, holdout, c, h, bounds, "forget vs holdout", null)
+    if "retrained" in roles:
+        split, null = "forget, target vs retrained", "the target scores forget rows as the retrained model does"
+        if whole:
+            return _Design(forget, score("retrained", "forget"), c, c, bounds, split, null)
+        return _Design(forget - score("retrained", "forget"), None, c, c, difference, split, null, paired=True)
+    return _Design(forget, None, c, c, bounds, "forget", "none: there is nothing never taught to compare with")
+
+
+def _estimate(
+    design: _Design, columns: tuple[str, list[float]] | None, *, by_rank: bool, seed: int
+) -> tuple[Estimate, str | None]:
+    """The estimate, and which column it is of: the one with the largest excess, for what remains anywhere remains."""
+    a, b, c, d = design.a, design.b, design.a_clusters, design.b_clusters
+    if columns is not None:
+        axis, positions = columns
+        if b is None:
+            every = [mean_estimate(column, c, bounds=design.bounds, seed=seed) for column in a.T]
+        else:
+            every = max_over_columns(a, b, c, d, bounds=design.bounds, seed=seed).per_column
+        best = max(range(len(positions)), key=lambda i: every[i].value)
+        return every[best], f"{axis} {positions[best]:g}"
+    if design.paired:
+        return one_sample(a, c, bounds=design.bounds, seed=seed), None
+    if b is None:
+        return mean_estimate(a, c, bounds=design.bounds, seed=seed), None
+    if by_rank:
+        return auc_two_sample(a, b, c, d, seed=seed), None
+    return two_sample(a, b, c, d, bounds=design.bounds, seed=seed), None
 
 
 def _positive(
@@ -197,7 +221,7 @@ def _positive(
         ),
         None,
     )
-    if known is None:
+    if known is None or never[1] not in clusters or never[0] not in roles:
         return Control(
             name=name,
             description="none at hand: needs a retain set or the original model",

@@ -59,6 +59,8 @@ def _decide(finding: Finding, adjusted: float | None) -> tuple[Outcome, Side, st
             side,
             f"p = {adjusted:.2g} after correction, effect at least {finding.threshold:g}",
         )
+    if finding.p_value is None and "evidence" in failed:
+        return Outcome.INCONCLUSIVE, Side.NEITHER, f"no {failed['evidence'].name}: {failed['evidence'].description}"
     # Silence is about the side that would matter: knowledge left, or damage done.
     worst = _towards_alarm(finding, lo, hi)
     if worst >= finding.threshold:

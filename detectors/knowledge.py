@@ -49,7 +49,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from audit.case import Case
-from audit.contrast import NO_CONTROL, Statistic, against_never_taught, has_control
+from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
 from audit.instrument import Access, Instrument
 from audit.plan import Generate, Request
@@ -271,10 +271,6 @@ class Knowledge(Instrument):
     question = Question.LEAKAGE
     access = Access.LOGPROBS
     reference = _TOFU
-
-    def missing(self, case: Case) -> str | None:
-        """Needs something never taught to compare with."""
-        return super().missing(case) or (None if has_control(case) else NO_CONTROL)
 
     def requests(self, case: Case, target: Target) -> list[Request | Generate]:
         """Answers, paraphrases and wrong answers of all sets scored, prompts continued."""

@@ -37,7 +37,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from audit.case import Case
-from audit.contrast import NO_CONTROL, Statistic, against_never_taught, has_control
+from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
 from audit.instrument import Access, Instrument
 from audit.plan import Generate, Request
@@ -141,10 +141,6 @@ class Memorization(Instrument):
     question = Question.LEAKAGE
     access = Access.LOGPROBS
     reference = _SOURCE
-
-    def missing(self, case: Case) -> str | None:
-        """Needs something never taught to compare with."""
-        return super().missing(case) or (None if has_control(case) else NO_CONTROL)
 
     def requests(self, case: Case, target: Target) -> list[Request | Generate]:
         """Answers scored, prompts continued: the same passes as `knowledge`."""

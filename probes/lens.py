@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audit.case import Case
-from audit.contrast import NO_CONTROL, Statistic, against_never_taught, has_control
+from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
 from audit.instrument import Access, Instrument
 from audit.loaders import Example
@@ -117,10 +117,6 @@ class Lens(Instrument):
     question = Question.REPRESENTATION
     access = Access.WEIGHTS
     reference = _SOURCE
-
-    def missing(self, case: Case) -> str | None:
-        """Needs something never taught to compare with."""
-        return super().missing(case) or (None if has_control(case) else NO_CONTROL)
 
     def requests(self, case: Case, target: Target) -> list[Request]:
         """Every row at its fork, or, if some row has no wrong answers, at all tokens of its answer."""
