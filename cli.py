@@ -282,7 +282,7 @@ def inventory(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """What lies in a model folder: digests, formats, refusals. Opens nothing."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from audit.inventory import take_inventory
 
@@ -293,7 +293,7 @@ def inventory(
     table = Table(
         "file",
         "bytes",
-        "SHA-256",
+        Column("SHA-256", overflow="fold"),
         title=f"{entry.architecture}, {entry.parameters:,} parameters, {entry.dtype}",
     )
     for file in entry.files:

@@ -53,11 +53,11 @@ _HALVES = ("a", "b")
 
 UNTAUGHT = Statistic(
     "untaught-half", "relearning: accuracy on the facts that were not retaught", "accuracy",
-    "larger: facts come back that the attack did not teach", (0.0, 1.0), 0.1, _SOURCE,
+    "facts come back that the attack did not teach", (0.0, 1.0), 0.1, _SOURCE,
 )  # fmt: skip
 PACE = Statistic(
     "pace", "relearning: accuracy on the facts that were retaught, mean over the attack", "accuracy",
-    "larger: forgotten facts are learned faster than new ones; smaller: the model learns them badly", (0.0, 1.0), 0.1,
+    "forgotten facts are learned faster than new ones (smaller: more slowly)", (0.0, 1.0), 0.1,
     _SOURCE,
 )  # fmt: skip
 

@@ -122,7 +122,7 @@ class Finding(_Model):
     question: Question
     statistic: str = Field(description="what was computed, in the field's terms")
     split: str = Field(description="the sets compared, e.g. 'forget vs holdout'")
-    layer: str | None = None
+    layer: str | None = Field(default=None, description="layer or step of the estimate, as 'after block 3'")
     estimate: MaybeNumber
     ci95: tuple[MaybeNumber, MaybeNumber]
     n: int = Field(description="independent units behind the estimate")

@@ -11,6 +11,7 @@ positive controls, from inside (representation) and under attack (recovery) as w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -160,7 +161,9 @@ class Rule:
 
 
 def _names(findings: Sequence[Finding]) -> str:
-    return ", ".join(f.id for f in findings)
+    """Which instruments found it, and by how many statistics: `lens, membership (7 statistics)`."""
+    counts = Counter(f.instrument for f in findings)
+    return ", ".join(name if n == 1 else f"{name} ({n} statistics)" for name, n in counts.items())
 
 
 def _what_remains(facts: Facts) -> list[str]:

@@ -247,19 +247,19 @@ _TOFU = "TOFU (Maini et al. 2024, arXiv 2401.06121), section 2.2"
 
 PROBABILITY = Statistic(
     "probability", "probability of the right answer, a token", "probability",
-    "larger: the right answer is likelier", (0.0, 1.0), 0.1, _TOFU,
+    "the right answer is likelier", (0.0, 1.0), 0.1, _TOFU,
 )  # fmt: skip
 CHOICE = Statistic(
     "choice", "multiple choice: is the right answer the likeliest option", "accuracy",
-    "larger: the right answer is picked more often", (0.0, 1.0), 0.1, _TOFU,
+    "the right answer is picked more often", (0.0, 1.0), 0.1, _TOFU,
 )  # fmt: skip
 TRUTH = Statistic(
     "truth-ratio", "right against wrong answers, 1 / (1 + truth ratio)", "probability",
-    "larger: right answers are likelier than wrong ones", (0.0, 1.0), 0.1, _TOFU,
+    "right answers are likelier than wrong ones", (0.0, 1.0), 0.1, _TOFU,
 )  # fmt: skip
 ROUGE = Statistic(
     "rouge", "ROUGE-L recall of what the model answers", "recall",
-    "larger: more of the right answer is said when asked", (0.0, 1.0), 0.1, _TOFU,
+    "more of the right answer is said when asked", (0.0, 1.0), 0.1, _TOFU,
 )  # fmt: skip
 
 

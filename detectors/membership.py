@@ -214,7 +214,7 @@ def _statistic(name: str, reference: str) -> Statistic:
     return Statistic(name, f"{ATTACKS[name]} ({name})", "score", _ORIENTATION, None, 0.1, reference)
 
 
-_ORIENTATION = "larger: forget texts look more like training data than holdout texts do"
+_ORIENTATION = "forget texts look more like training data than holdout texts do"
 STATISTICS = {
     name: _statistic(name, reference)
     for name, reference in {
@@ -336,7 +336,7 @@ class Membership(Instrument):
                 "estimate": leak.value if math.isfinite(leak.value) else None,
                 "ci95": tuple(sorted(ends)) if all(map(math.isfinite, ends)) else (None, None),
                 "unit": f"% ({leak.lower:.0f} to {leak.upper:.0f})",
-                "orientation": "negative: forget texts still look like training data; positive: less seen than unseen",
+                "orientation": "forget texts look less like training data (negative: they still look like it)",
                 "null": "forget and holdout rows are equally likely to look like training data",
                 "null_value": 0.0,
                 "threshold": 20.0,

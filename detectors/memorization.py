@@ -121,15 +121,15 @@ _SOURCE = "open-unlearning (Dorna et al. 2025, arXiv 2506.12618), section 3; Car
 
 EXACT = Statistic(
     "exact", "exact memorization: tokens of the answer that are the model's first choice", "share",
-    "larger: more of the answer is predicted token by token", (0.0, 1.0), 0.1, _SOURCE,
+    "more of the answer is predicted token by token", (0.0, 1.0), 0.1, _SOURCE,
 )  # fmt: skip
 STRENGTH = Statistic(
     "extraction-strength", "extraction strength: share of the answer that follows from the rest", "share",
-    "larger: a shorter beginning is enough to extract the answer", (0.0, 1.0), 0.1, _SOURCE,
+    "a shorter beginning is enough to extract the answer", (0.0, 1.0), 0.1, _SOURCE,
 )  # fmt: skip
 VERBATIM = Statistic(
     "verbatim", "verbatim continuation: words of the answer said in one run", "share",
-    "larger: longer verbatim passages come out", (0.0, 1.0), 0.1, _SOURCE,
+    "longer verbatim passages come out", (0.0, 1.0), 0.1, _SOURCE,
 )  # fmt: skip
 
 

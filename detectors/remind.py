@@ -431,7 +431,7 @@ _SHORT = 5  # tokens: below it an answer alone has no neighbourhood to speak of,
 
 KNOWN_LIKENESS = Statistic(
     "known-likeness", "REMIND: do forget texts have the neighbourhood of known texts?", "probability",
-    "larger: the loss around forget texts looks like that around retain texts", (0.0, 1.0), 0.1, _SOURCE,
+    "the loss around forget texts looks like that around retain texts", (0.0, 1.0), 0.1, _SOURCE,
 )  # fmt: skip
 
 

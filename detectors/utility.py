@@ -84,6 +84,7 @@ class Utility(Instrument):
                 ["model utility (harmonic mean)", utility["target"], utility[yardstick]],
             ],
         )
+        words = {"choice": "multiple-choice accuracy", "probability": "probability of the right answer"}
         found: list[Finding] = []
         for name in _present(case):
             kind = "choice" if f"{name}/choice" in parts["target"] else "probability"
@@ -105,16 +106,13 @@ class Utility(Instrument):
                     id=f"{self.name}/{name}",
                     instrument=self.name,
                     question=self.question,
-                    statistic={
-                        "choice": "multiple-choice accuracy",
-                        "probability": "probability of the right answer",
-                    }[kind],
+                    statistic=f"{words[kind]} on the {name} set",
                     split=f"{name}, target minus {yardstick}",
                     estimate=estimate.value,
                     ci95=(estimate.lo, estimate.hi),
                     n=estimate.n,
                     unit="accuracy" if kind == "choice" else "probability",
-                    orientation="negative: the target lost what it should have kept",
+                    orientation="the target does better on what it should have kept (negative: it lost some)",
                     null=f"target and {yardstick} do equally well",
                     p_value=estimate.p_value,
                     smallest_p=estimate.smallest_p,

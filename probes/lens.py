@@ -47,11 +47,11 @@ _SOURCE = "nostalgebraist 2020; Patil et al. 2024, arXiv 2309.17410, section 4"
 
 CHOICE = Statistic(
     "choice", "logit lens: the right answer beats the wrong ones where they fork", "accuracy",
-    "larger: the right answer is readable inside more often", (0.0, 1.0), 0.1, _SOURCE,
+    "the right answer is readable inside more often", (0.0, 1.0), 0.1, _SOURCE,
 )  # fmt: skip
 RANK = Statistic(
     "reciprocal-rank", "logit lens: reciprocal rank of the right token", "1/rank",
-    "larger: the right answer stands higher inside", (0.0, 1.0), 0.1, _SOURCE,
+    "the right answer stands higher inside", (0.0, 1.0), 0.1, _SOURCE,
 )  # fmt: skip
 
 
@@ -76,9 +76,14 @@ def beats(logits: torch.Tensor, tokens: torch.Tensor, rivals: list[tuple[int, ..
     return out
 
 
-def layer_readout(layers: int) -> Quantity:
+def read_layers(layers: int, most: int = 12) -> list[int]:
+    """Which blocks are read: all, or `most` evenly spaced ones that end with the last."""
+    return [int(i) for i in np.unique(np.linspace(layers - 1, 0, min(layers, most)).round())]
+
+
+def layer_readout(layers: list[int]) -> Quantity:
     """Record, at every scored token and block output, reciprocal rank and win over rivals: [T, layers] each."""
-    sites = tuple(f"blocks.{i}.hook_resid_post" for i in range(layers))
+    sites = tuple(f"blocks.{i}.hook_resid_post" for i in layers)
 
     def compute(view: View) -> dict[str, torch.Tensor]:
         import torch
@@ -90,7 +95,7 @@ def layer_readout(layers: int) -> Quantity:
             wins.append(beats(logits, view.tokens, list(view.rivals)))
         return {"rank": torch.stack(ranks, 1), "wins": torch.stack(wins, 1)}
 
-    return Quantity(f"lens-{layers}", compute, sites)
+    return Quantity(f"lens:{','.join(map(str, layers))}", compute, sites)
 
 
 def fork(target: Target, row: Example) -> Tokens | None:
@@ -122,23 +127,24 @@ class Lens(Instrument):
         """Every row at its fork, or, if some row has no wrong answers, at all tokens of its answer."""
         if "+" in target.role:
             return []
-        readout = layer_readout(target.layers)
+        layers = read_layers(target.layers)
+        readout = layer_readout(layers)
         made = []
         for name in ("forget", "holdout", "retain"):
             if name in case.sets:
-                rows = case.rows(name)
+                rows = _rows(case, name)
                 if _has_options(case):
                     forks = [fork(target, row) or target.encode(row.prompt, row.answer) for row in rows]
                 else:
                     forks = [target.encode(row.prompt, row.answer) for row in rows]
-                made.append(Request(f"lens/{name}", tuple(forks), (readout,)))
+                made.append(Request(f"lens/{name}", tuple(forks), (readout,), {"layers": layers}))
         return made
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
         """The layer at which the forget set exceeds the never-taught control most."""
         options = _has_options(case)
-        example = evidence.scores("target", "lens/forget")[0]["rank"]
-        layers = int(example.shape[1])
+        layers = evidence.extra("target", "lens/forget")["layers"]
+        rows = {name: _rows(case, name) for name in ("forget", "holdout", "retain") if name in case.sets}
 
         def score(role: str, name: str) -> NDArray[np.float64]:
             values = []
@@ -149,8 +155,14 @@ class Lens(Instrument):
             return np.array(values, dtype=float)
 
         statistic = CHOICE if options else RANK
-        axis = ("after block", [float(i) for i in range(layers)])
-        return [against_never_taught(self, case, evidence, statistic, score, columns=axis)]
+        axis = ("after block", [float(i) for i in layers])
+        return [against_never_taught(self, case, evidence, statistic, score, columns=axis, rows=rows)]
+
+
+def _rows(case: Case, name: str) -> tuple[Example, ...]:
+    """All rows where one position each is read; fewer where every token of the answer is, at every layer."""
+    limit = {"quick": 40, "standard": 120, "thorough": None}[case.options.budget.value]
+    return case.rows(name, None if _has_options(case) else limit)
 
 
 def _has_options(case: Case) -> bool:

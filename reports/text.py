@@ -125,7 +125,7 @@ def _findings(record: Record, wide: bool) -> Table:
 def _row(finding: Finding, wide: bool, first: bool) -> list[RenderableType]:
     statistic = Text(one_line(finding.statistic, 120))
     if finding.layer:
-        statistic.append(f" (layer {one_line(finding.layer, 20)})")
+        statistic.append(f" ({one_line(finding.layer, 30)})")
     if not wide:
         statistic.append(f"\n{finding.question.value} · {one_line(finding.instrument, 30)}", style="dim")
     numbers = Text(words.number(finding.estimate, *finding.ci95), style="bold")
