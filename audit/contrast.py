@@ -78,6 +78,7 @@ def against_never_taught(
     score: Score,
     *,
     columns: tuple[str, list[float]] | None = None,
+    aggregate: Callable[[Floats], Floats] | None = None,
     auc: bool = False,
     rows: Mapping[str, tuple[Example, ...]] | None = None,
     subtract: bool = True,
@@ -90,6 +91,7 @@ def against_never_taught(
         score: rows of a set under a role; called for every set and role the case has.
         columns: for scores with columns (layers, steps): axis label and positions. The column with the largest
             excess over the control is quoted, and having chosen it is paid for in its interval and p-value.
+        aggregate: from scores with columns to the one number a row that is tested instead; columns are then shown.
         auc: compare ranks (area under the ROC curve, null 0.5) rather than means.
         rows: the rows that `score` covers, by set; all that the budget allows if not given.
         subtract: take the retrained model's score off, where there is one and a holdout set too.
@@ -100,14 +102,16 @@ def against_never_taught(
     score = cache(score)
     used = rows or {name: case.rows(name) for name in case.sets}
     clusters = {name: case.clusters(examples) for name, examples in used.items()}
-    design = _design(statistic, score, clusters, roles, subtract=subtract, whole=columns is not None)
+    tested = score if aggregate is None else cache(lambda role, name: aggregate(score(role, name)))
+    many = columns if aggregate is None else None
+    design = _design(statistic, tested, clusters, roles, subtract=subtract, whole=columns is not None)
     by_rank = auc and design.b is not None
-    estimate, layer = _estimate(design, columns, by_rank=by_rank, seed=case.options.seed)
+    estimate, layer, bound = _estimate(design, many, by_rank=by_rank, seed=case.options.seed)
     if columns is not None:
         figure, table = _profile(case, statistic, score, clusters, columns, roles)
     else:
         figure, table = None, _group_table(case, statistic, score, clusters, roles)
-    controls = [_positive(case, statistic, score, clusters, roles, by_rank=by_rank, columns=columns is not None)]
+    controls = [_positive(case, statistic, tested, clusters, roles, by_rank=by_rank, columns=many is not None)]
     if design.b is None and not design.paired:
         controls = [Control(name="never-taught control", description=NO_CONTROL, passed=False, gates="evidence")]
     return Finding(
@@ -119,6 +123,7 @@ def against_never_taught(
         layer=layer,
         estimate=estimate.value,
         ci95=(estimate.lo, estimate.hi),
+        bound=bound,
         n=estimate.n,
         unit="AUC" if by_rank else statistic.unit,
         orientation=statistic.orientation,
@@ -180,8 +185,12 @@ def _design(
 
 def _estimate(
     design: _Design, columns: tuple[str, list[float]] | None, *, by_rank: bool, seed: int
-) -> tuple[Estimate, str | None]:
-    """The estimate, and which column it is of: the one with the largest excess, for what remains anywhere remains."""
+) -> tuple[Estimate, str | None, float | None]:
+    """The estimate, which column it is of, and the largest value that is not ruled out in any column.
+
+    The column is the one with the largest excess, for what remains anywhere remains. Its interval and p-value pay
+    for the choice; the bound need not, since silence must hold in every column (Berger 1982, intersection-union).
+    """
     a, b, c, d = design.a, design.b, design.a_clusters, design.b_clusters
     if columns is not None:
         axis, positions = columns
@@ -190,14 +199,17 @@ def _estimate(
         else:
             every = max_over_columns(a, b, c, d, bounds=design.bounds, seed=seed).per_column
         best = max(range(len(positions)), key=lambda i: every[i].value)
-        return every[best], f"{axis} {positions[best]:g}"
+        pointwise = every if b is None else [
+            two_sample(x, y, c, d, bounds=design.bounds, seed=seed) for x, y in zip(a.T, b.T, strict=True)
+        ]  # fmt: skip
+        return every[best], f"{axis} {positions[best]:g}", max(estimate.hi for estimate in pointwise)
     if design.paired:
-        return one_sample(a, c, bounds=design.bounds, seed=seed), None
+        return one_sample(a, c, bounds=design.bounds, seed=seed), None, None
     if b is None:
-        return mean_estimate(a, c, bounds=design.bounds, seed=seed), None
+        return mean_estimate(a, c, bounds=design.bounds, seed=seed), None, None
     if by_rank:
-        return auc_two_sample(a, b, c, d, seed=seed), None
-    return two_sample(a, b, c, d, bounds=design.bounds, seed=seed), None
+        return auc_two_sample(a, b, c, d, seed=seed), None, None
+    return two_sample(a, b, c, d, bounds=design.bounds, seed=seed), None, None
 
 
 def _positive(

@@ -125,6 +125,11 @@ class Finding(_Model):
     layer: str | None = Field(default=None, description="layer or step of the estimate, as 'after block 3'")
     estimate: MaybeNumber
     ci95: tuple[MaybeNumber, MaybeNumber]
+    bound: MaybeNumber = Field(
+        default=None,
+        description="largest value not ruled out on the alarming side, where it is not the interval's end: over "
+        "layers, the largest pointwise upper end (an intersection-union test needs no correction)",
+    )
     n: int = Field(description="independent units behind the estimate")
     unit: str = Field(default="", description="of the estimate, e.g. 'accuracy', 'nats', 'AUC'")
     orientation: str = Field(description="what a larger value means")
@@ -231,7 +236,7 @@ class Verdict(_Model):
 
 
 class InstrumentCost(_Model):
-    """What one instrument cost, apart from passes it shared with others."""
+    """What one instrument cost: its own time, and the tokens it asked for, passes shared with others included."""
 
     seconds: float = 0.0
     forward_tokens: int = 0

@@ -274,7 +274,6 @@ def _noise(store: Store, engine: Engine, requests: list[Request]) -> float:
 def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> None:
     """Visit the altered models of an attack, unless every one's captures are on disk already."""
     from audit.evidence import Store, context_of
-    from audit.plan import Generate, Request
 
     began = time.monotonic()
     try:
@@ -285,14 +284,7 @@ def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> No
         complete = True
         for view in altered:
             store = Store(run.out / "evidence", context_of(view.digest, dtype=str(view.dtype), device=str(view.device)))
-            wanted = [r for r in attack.requests(run.case, view) if isinstance(r, Request | Generate)]
-            complete &= all(
-                store.knows(tokens, q)
-                for r in wanted
-                if isinstance(r, Request)
-                for tokens in r.sequences
-                for q in r.quantities
-            )
+            complete = complete and all(_holds(store, request) for request in attack.requests(run.case, view))
         if complete:
             for view in altered:
                 _capture(run, view, evidence, [attack])
@@ -310,6 +302,14 @@ def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> No
     finally:
         target.release()
         run.charge(attack, time.monotonic() - began)
+
+
+def _holds(store: Store, request: Request | Generate) -> bool:
+    from audit.plan import Request
+
+    if isinstance(request, Request):
+        return all(store.knows(tokens, q) for tokens in request.sequences for q in request.quantities)
+    return all(store.knows_continuation(prompt, request.new_tokens) for prompt in request.prompts)
 
 
 # --- measure ------------------------------------------------------------------------------------------------

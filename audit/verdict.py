@@ -94,7 +94,7 @@ def _towards_alarm(finding: Finding, lo: float, hi: float) -> float:
     alarm = (Side.REMAINS, Side.DAMAGE)
     reach = []
     if finding.sides[0] in alarm:
-        reach.append(hi - finding.null_value)
+        reach.append((hi if finding.bound is None else finding.bound) - finding.null_value)
     if finding.sides[1] in alarm:
         reach.append(finding.null_value - lo)
     return max(reach or [hi - finding.null_value, finding.null_value - lo])

@@ -16,7 +16,7 @@ truth. Its settings were chosen on seeds 0 and 1 so that relearning still finds 
 show what an audit looks like and must not calibrate one.
 
 With `base` (a folder with a pretrained causal model) all three are that model, fully fine-tuned, with its own
-tokenizer; answers then are several tokens long.
+tokenizer; answers then are several tokens long, and the world is smaller.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Recipe:
 
 
 FROM_SCRATCH = Recipe()
-FROM_BASE = Recipe(epochs=30, lr=2e-3, npo_max_steps=400, retain_goal=0.95)
+FROM_BASE = Recipe(epochs=15, lr=3e-3, npo_max_steps=300, retain_goal=0.95)
+FROM_BASE_SIZES = {"forget": 20, "retain": 30, "holdout": 20, "public": 20, "unknown": 2}
+"""A smaller world: names cut into pieces make sentences three times as long, and slower to learn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class DemoCase:
 
 
 def demo_sets(world: World) -> dict[str, list[Row]]:
-    """Choose the sets of an audit: 40 people each (20 public ones for utility), one phrasing per fact."""
+    """Choose the sets of an audit: at most 40 people each, 20 for utility, and one phrasing per fact."""
     return {
         "forget": world.rows("forget"),
         "retain": world.rows("retain", people=40),
@@ -129,7 +131,7 @@ def build_demo(
     The same seed gives the same world and data, and on the same machine the same weights.
     """
     recipe = recipe or (FROM_SCRATCH if base is None else FROM_BASE)
-    world = world or make_world(seed)
+    world = world or make_world(seed, **({} if base is None else FROM_BASE_SIZES))
     sets = demo_sets(world)
     paths = {name: write_jsonl(out / "data" / f"{name}.jsonl", rows) for name, rows in sets.items()}
     folders = {role: out / "models" / role for role in ROLES}
