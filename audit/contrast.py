@@ -107,10 +107,12 @@ def against_never_taught(
     design = _design(statistic, tested, clusters, roles, subtract=subtract, whole=columns is not None)
     by_rank = auc and design.b is not None
     estimate, layer, bound = _estimate(design, many, by_rank=by_rank, seed=case.options.seed)
+    figure: Figure | None
     if columns is not None:
         figure, table = _profile(case, statistic, score, clusters, columns, roles)
     else:
-        figure, table = None, _group_table(case, statistic, score, clusters, roles)
+        figure = _distribution(statistic, score, clusters)
+        table = _group_table(case, statistic, score, clusters, roles)
     controls = [_positive(case, statistic, tested, clusters, roles, by_rank=by_rank, columns=many is not None)]
     if design.b is None and not design.paired:
         controls = [Control(name="never-taught control", description=NO_CONTROL, passed=False, gates="evidence")]
@@ -263,8 +265,12 @@ def _positive(
     )
 
 
+_COMPARED = ("forget", "holdout", "retain")
+_STYLE = {"forget": "target", "holdout": "control", "retain": "reference"}
+
+
 def _cells(case: Case, roles: tuple[str, ...]) -> list[tuple[str, str]]:
-    return [(role, rows) for role in roles for rows in ("forget", "holdout", "retain") if rows in case.sets]
+    return [(role, rows) for role in roles for rows in _COMPARED if rows in case.sets]
 
 
 def _group_table(
@@ -276,6 +282,28 @@ def _group_table(
         estimate = mean_estimate(score(role, name), clusters[name], bounds=statistic.bounds, seed=case.options.seed)
         rows.append([role, name, estimate.value, estimate.lo, estimate.hi, estimate.n])
     return Table(columns=["model", "set", f"mean ({statistic.unit})", "95 % from", "to", "entities"], rows=rows)
+
+
+def _distribution(statistic: Statistic, score: Score, clusters: dict[str, list[str]]) -> Figure | None:
+    """Histograms of the rows' scores in the target, by set; none where rows are right or wrong only."""
+    rows = {name: score("target", name) for name in _COMPARED if name in clusters}
+    if any(len(np.unique(values)) <= 12 for values in rows.values()):
+        return None
+    return Figure(
+        kind="distribution",
+        title=f"{statistic.words}: rows of each set in the target",
+        alt=f"Histograms of {statistic.words} over the rows of each set in the target; quartiles in the table.",
+        x_label=statistic.unit,
+        y_label="share of rows",
+        series=[Series(label=name, x=_thinned(values), y=[], role=_STYLE[name]) for name, values in rows.items()],
+    )
+
+
+def _thinned(values: Floats) -> list[float]:
+    """At most 201 values with the same distribution, to six digits: a record is no place for raw data."""
+    if len(values) > 201:
+        values = np.quantile(values, np.linspace(0, 1, 201))
+    return [float(f"{value:.6g}") for value in values]
 
 
 def _profile(
