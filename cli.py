@@ -45,7 +45,8 @@ SetOption = Annotated[
 def main() -> None:
     """Entry point: errors made on purpose are one line and an exit code, never a traceback."""
     try:
-        app(standalone_mode=False)
+        # Outside its standalone mode Typer returns the code of a `typer.Exit` instead of leaving with it.
+        sys.exit(app(standalone_mode=False) or 0)
     except AuditError as error:
         _fail(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
