@@ -232,7 +232,7 @@ def _spec(value: Any, path: Path, where: str) -> SetSpec:
 def _toml(value: Any) -> str:
     """A value as TOML. JSON strings are TOML basic strings once DEL and surrogates are out of the way."""
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+        return "{ " + ", ".join(f"{_toml(str(k))} = {_toml(v)}" for k, v in value.items()) + " }"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")

@@ -16,7 +16,8 @@ truth. Its settings were chosen on seeds 0 and 1 so that relearning still finds 
 show what an audit looks like and must not calibrate one.
 
 With `base` (a folder with a pretrained causal model) all three are that model, fully fine-tuned, with its own
-tokenizer; answers then are several tokens long, and the world is smaller.
+tokenizer; answers then are several tokens long, and the world is smaller. The unlearning was not tuned there:
+in the one trial it overshot (forget accuracy below chance) and relearning did not bring the knowledge back.
 """
 
 from __future__ import annotations
