@@ -7,6 +7,7 @@ torch.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ SetOption = Annotated[
 
 def main() -> None:
     """Entry point: errors made on purpose are one line and an exit code, never a traceback."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client, which reads it once
     try:
         # Outside its standalone mode Typer returns the code of a `typer.Exit` instead of leaving with it.
         sys.exit(app(standalone_mode=False) or 0)
@@ -128,6 +130,11 @@ def attack(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Run one attack alone, as a scan would."""
+    from audit.errors import BadInput
+    from audit.instrument import Attack, load
+
+    if not isinstance(load(name), Attack):
+        raise BadInput(f"{name!r} is no attack (see `audit list`); run it with `audit scan --only {name}`")
     sets = {"forget": forget, "retain": retain, "holdout": holdout}
     models = {"target": model, "original": original, "retrained": retrained}
     options = {"only": name, "budget": budget, "seed": seed}

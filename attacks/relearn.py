@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,9 +42,11 @@ from audit.instrument import Access, Attack, Stage
 from audit.loaders import Example
 from audit.plan import Request
 from audit.record import Finding, Question
-from audit.target import Target
 from audit.tokens import Tokens
 from detectors.knowledge import choice_correct
+
+if TYPE_CHECKING:
+    from audit.target import Target
 
 Floats = NDArray[np.float64]
 _SOURCE = "Deeb & Roger 2024, arXiv 2410.08827; Hu et al. 2024, arXiv 2406.13356"

@@ -188,10 +188,14 @@ def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequenc
     from audit.plan import Generate, Request
 
     requests: list[Request | Generate] = []
+    asked: dict[str, Request | Generate] = {}
     for instrument in instruments:
         began = time.monotonic()
         try:
             wanted = list(instrument.requests(run.case, target))
+            for request in wanted:
+                if not _alike(asked.setdefault(request.name, request), request):
+                    raise ValueError(f"request {request.name!r} is another instrument's, for other sequences")
         except Exception as error:  # one instrument's fault must not take the others' findings with it
             run.drop(instrument, error)
             continue
@@ -302,6 +306,15 @@ def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> No
     finally:
         target.release()
         run.charge(attack, time.monotonic() - began)
+
+
+def _alike(a: Request | Generate, b: Request | Generate) -> bool:
+    """Do two requests of one name ask about the same sequences?"""
+    from audit.plan import Request
+
+    if isinstance(a, Request) and isinstance(b, Request):
+        return a.sequences == b.sequences
+    return a == b
 
 
 def _holds(store: Store, request: Request | Generate) -> bool:

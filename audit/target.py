@@ -1,8 +1,7 @@
 """An opened model: tokenizer, weights, and the canonical names of the places inside it.
 
 A folder is opened only after its inventory was taken (`audit.inventory`), with remote code and the network
-ruled out explicitly. The tokenizer is read at once; the weights when a pass first needs them, so a resumed
-scan that has every capture loads none.
+ruled out explicitly. The tokenizer is read at once; the weights when a pass, or an instrument, first needs them.
 
 Places inside the model carry TransformerLens' hook names (`blocks.3.hook_resid_post`). They are resolved
 through its architecture adapters to the Hugging Face modules themselves, and recorded by plain hooks there:
@@ -14,11 +13,11 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ class Target:
         self.template = template
         self.truncated = 0
         self._model: Any = None
-        with _quiet():
+        with quiet():
             self.tokenizer = self._load(AutoTokenizer)
         if template == "chat" and not self.tokenizer.chat_template:
             raise BadInput(f"{inventory.root}: template 'chat' asked for, but the tokenizer has none")
@@ -70,11 +69,19 @@ class Target:
         root: Path = self.inventory.root
         if self.inventory.format == "gguf":
             options["gguf_file"] = self.inventory.weight_files[0]
-            root = root.parent if root.is_file() else root
+            if len(self.inventory.files) == 1:
+                root = self._alone(root / self.inventory.weight_files[0])
         try:
             return factory.from_pretrained(root, trust_remote_code=False, local_files_only=True, **options)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
             raise Refused(f"{self.inventory.root}: cannot be opened: {str(error).splitlines()[0]}") from None
+
+    def _alone(self, file: Path) -> Path:
+        """A folder that holds this file only: its neighbours were not inventoried, and the loader would read them."""
+        if not hasattr(self, "_folder"):
+            self._folder = TemporaryDirectory(prefix="palimpsest-")
+            (Path(self._folder.name) / file.name).symlink_to(file)
+        return Path(self._folder.name)
 
     # --- text to tokens -------------------------------------------------------------------------------
 
@@ -161,7 +168,7 @@ class Target:
         from transformers import AutoConfig
 
         if not hasattr(self, "_config_cache"):
-            with _quiet():
+            with quiet():
                 self._config_cache = self._load(AutoConfig)
         return self._config_cache
 
@@ -169,7 +176,7 @@ class Target:
     def model(self) -> Any:
         """The Hugging Face model, in evaluation mode; loaded on first use."""
         if self._model is None:
-            with _quiet():
+            with quiet():
                 model = self._load(AutoModelForCausalLM, dtype=self.dtype)
             self._model = model.to(self.device).eval().requires_grad_(False)
         return self._model
@@ -194,8 +201,8 @@ class Target:
 
     @property
     def layers(self) -> int:
-        """Number of transformer blocks."""
-        return len(self.model.get_submodule(self._places["blocks"]))
+        """Number of transformer blocks; needs no weights."""
+        return int(self._config.num_hidden_layers)
 
     @property
     def final_norm(self) -> torch.nn.Module:
@@ -266,17 +273,14 @@ def _canonical_places(config: Any) -> dict[str, str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Loading prints bars and advice meant for interactive use; the scan has its own progress."""
     level: Callable[[], int] = transformers_logging.get_verbosity
-    before, offline = level(), os.environ.get("HF_HUB_OFFLINE")
+    before = level()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         yield
     finally:
         transformers_logging.set_verbosity(before)
         transformers_logging.enable_progress_bar()
-        if offline is None:
-            del os.environ["HF_HUB_OFFLINE"]

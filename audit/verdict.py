@@ -55,6 +55,8 @@ def _decide(finding: Finding, adjusted: float | None) -> tuple[Outcome, Side, st
             return Outcome.INCONCLUSIVE, Side.NEITHER, "the difference lies within the measured numeric noise"
         if "evidence" in failed:
             return Outcome.INCONCLUSIVE, Side.NEITHER, f"control failed: {failed['evidence'].name}"
+        if side == Side.NEITHER:
+            return Outcome.NONE, side, "there is a difference, on the side that is no cause for alarm"
         return (
             Outcome.EVIDENCE,
             side,

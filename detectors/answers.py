@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,9 @@ from audit.evidence import Evidence
 from audit.loaders import Example
 from audit.plan import Generate, Request
 from audit.quantities import TOKEN, Quantity
-from audit.target import Target
+
+if TYPE_CHECKING:
+    from audit.target import Target
 
 Floats = NDArray[np.float64]
 

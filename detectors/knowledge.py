@@ -42,7 +42,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,8 +54,10 @@ from audit.evidence import Evidence
 from audit.instrument import Access, Instrument
 from audit.plan import Generate, Request
 from audit.record import Control, Finding, Question
-from audit.target import Target
 from detectors import answers
+
+if TYPE_CHECKING:
+    from audit.target import Target
 
 LOG_FLOOR = -1e4
 """Lowest log-probability that is told from another, nats. A masked token (-inf) counts as this, so that

@@ -43,7 +43,7 @@ from __future__ import annotations
 import math
 import zlib
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -58,9 +58,11 @@ from audit.plan import Generate, Request
 from audit.quantities import MOMENTS, TOKEN
 from audit.record import Control, Finding, Question, Side
 from audit.statistics import auc_two_sample
-from audit.target import Target
 from detectors import answers
 from detectors.knowledge import token_scores
+
+if TYPE_CHECKING:
+    from audit.target import Target
 
 ATTACKS: dict[str, str] = {
     "loss": "how likely the model finds the text",

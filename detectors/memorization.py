@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,8 +42,10 @@ from audit.evidence import Evidence
 from audit.instrument import Access, Instrument
 from audit.plan import Generate, Request
 from audit.record import Finding, Question
-from audit.target import Target
 from detectors import answers
+
+if TYPE_CHECKING:
+    from audit.target import Target
 
 
 def _matches(match: ArrayLike) -> NDArray[np.bool_]:

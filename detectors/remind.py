@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -55,8 +55,10 @@ from audit.loaders import Example
 from audit.plan import Request
 from audit.record import Control, Finding, Question, Table
 from audit.statistics import tpr_at_fpr
-from audit.target import Target
 from audit.tokens import Tokens
+
+if TYPE_CHECKING:
+    from audit.target import Target
 
 FEATURES: tuple[str, ...] = (
     "original_loss",

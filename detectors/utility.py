@@ -17,7 +17,7 @@ Traps:
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,6 @@ from audit.instrument import Access, Instrument
 from audit.plan import Generate, Request
 from audit.record import Control, Finding, Question, Side, Table
 from audit.statistics import mean_estimate, one_sample
-from audit.target import Target
 from detectors import answers
 from detectors.knowledge import (
     answer_probability,
@@ -38,6 +37,9 @@ from detectors.knowledge import (
     rouge_l_recall,
     truth_ratio,
 )
+
+if TYPE_CHECKING:
+    from audit.target import Target
 
 SETS = ("retain", "neighbor", "utility")
 _TOFU = "TOFU (Maini et al. 2024, arXiv 2401.06121), section 2.2"

@@ -37,11 +37,12 @@ from audit.loaders import Example
 from audit.plan import Request
 from audit.quantities import Quantity, View
 from audit.record import Finding, Question
-from audit.target import Target
 from audit.tokens import Tokens
 
 if TYPE_CHECKING:
     import torch
+
+    from audit.target import Target
 
 _SOURCE = "nostalgebraist 2020; Patil et al. 2024, arXiv 2309.17410, section 4"
 

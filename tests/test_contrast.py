@@ -52,9 +52,7 @@ def values(level: float, seed: int, spread: float = 0.03, columns: int | None = 
 
 def contrast(scores: dict[tuple[str, str], Any], case: Case, statistic: Statistic = SHARE, **more: Any) -> Finding:
     evidence = more.pop("evidence", Evidence())
-    return against_never_taught(
-        Stub(), case, evidence, statistic, lambda role, name: scores[role, name], **more
-    )
+    return against_never_taught(Stub(), case, evidence, statistic, lambda role, name: scores[role, name], **more)
 
 
 def verdict(finding: Finding) -> tuple[Outcome, Side]:

@@ -95,9 +95,7 @@ def build_tiny() -> Tiny:
     return Tiny(folder, dict(demo.models), dict(demo.sets), case_file)
 
 
-def tiny_case(
-    models: dict[str, str] | None = None, sets: tuple[str, ...] | None = None, **options: Any
-) -> Case:
+def tiny_case(models: dict[str, str] | None = None, sets: tuple[str, ...] | None = None, **options: Any) -> Case:
     """The case of `case_file`, or less of it: `models` by role, some of the sets, other options."""
     tiny = build_tiny()
     name, known, specs, raw = read_case(tiny.case_file)

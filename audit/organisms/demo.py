@@ -45,6 +45,7 @@ from audit.organisms.train import (
     word_tokenizer,
 )
 from audit.organisms.world import Row, World, make_world
+from audit.target import quiet
 
 StageProgress = Callable[[str, int, int], None]
 """Called with the stage, the steps done and the steps in all."""
@@ -231,8 +232,9 @@ def _start(world: World, seed: int, base: Path | None) -> tuple[PreTrainedTokeni
         tokenizer = word_tokenizer(world.words())
         return tokenizer, new_model(tokenizer, seed=seed)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(base, **options)
-    model = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, dtype="float32", **options)
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(base, **options)
+        model = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, dtype="float32", **options)
     return tokenizer, model
 
 

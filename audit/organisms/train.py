@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from audit.errors import BadInput, Incomplete
 from audit.organisms.world import END
+from audit.target import quiet
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
@@ -300,8 +301,9 @@ def save(
 ) -> Path:
     """Write a model as an ordinary Hugging Face folder (safetensors), with its history if one is given."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     if history is not None:
         write_history(folder, history)
     return folder
