@@ -18,6 +18,8 @@ PrivLeak           ((1-AUC) - (1-AUC_ref)) / (1-AUC_ref) * 100            MUSE, 
 
 `mean` and `variance` are those of log p(v) over the vocabulary, under the model's own distribution.
 
+Source: the papers in the table (arXiv numbers); the AUC on forget against holdout as in MUSE, section 3.
+
 Traps:
 
 - *The split.* If forget and holdout differ in source, date, topic or length, any of these "finds members" in

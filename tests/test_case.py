@@ -212,8 +212,6 @@ def test_bad_input_names_the_file_and_the_fault(text, says, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "no target model"),
-        ('[models]\noriginal = "x"', "no target model"),
         ('[models]\ntarget = "m"\n[sets]\nforgot = "set.jsonl"', "unknown set 'forgot'"),
         ('[sets]\nforget = "set.jsonl?limit=x"', "limit=x"),
         ('[sets]\nforget = { path = "set.jsonl", limit = 0 }', "limit=0"),

@@ -17,7 +17,6 @@ import cli
 from audit.capture import Engine
 from audit.case import ROLES, SETS, Case, Options
 from audit.errors import BadInput
-from audit.evidence import Evidence
 from audit.instrument import GROUP, Access, Attack, Broken, Instrument, load, load_all, names, select
 from audit.plan import Generate, Request
 from audit.quantities import Quantity
@@ -272,6 +271,16 @@ class AsksWrongly(Toy):
         raise KeyError("answer")
 
 
+class Clashes(Toy):
+    name = "clashes"
+
+    def requests(self, case, target):
+        return [Request("forget/answer", tuple(target.encode("", row.prompt) for row in case.rows("forget")))]
+
+    def measure(self, case, evidence):
+        return []
+
+
 class Declines(Toy):
     name = "declines"
 
@@ -380,6 +389,21 @@ def test_a_broken_instrument_asked_for_by_name_is_bad_input(registered):
     assert all(isinstance(item, Instrument) for item in load_all()[: -len(broken)]), "broken ones come last"
 
 
+@pytest.mark.parametrize("first", ["clashes", "memorization"])
+def test_a_request_under_another_s_name_never_changes_the_other_s_findings(registered, tmp_path, first):
+    alone = quiet_scan(small_case(), tmp_path / "alone")
+    registered(("clashes", "Clashes"))
+    order = {"clashes": "clashes,memorization", "memorization": "memorization,clashes"}[first]
+    beside = quiet_scan(small_case(only=order), tmp_path / "beside")
+    dropped = {row.instrument for row in beside.not_run if row.failed}
+    kept = {f.id: f for f in beside.findings}
+    assert len(dropped) == 1
+    if dropped == {"clashes"}:
+        assert [kept[f.id].estimate for f in alone.findings] == [f.estimate for f in alone.findings]
+    else:
+        assert not any(f.instrument == "memorization" for f in beside.findings)
+
+
 def test_two_instruments_of_one_name_are_refused(registered):
     registered(("lens", "Toy"))
     with pytest.raises(BadInput, match=r"two instruments named 'lens'.*probes.lens:Lens.*Toy"):
@@ -412,4 +436,3 @@ def test_an_instrument_that_lacks_an_input_is_a_row_that_did_not_fail(tmp_path):
     record = quiet_scan(small_case(only="memorization,utility"), tmp_path)
     assert [(row.instrument, row.failed) for row in record.not_run] == [("utility", False)]
     assert "original" in record.not_run[0].reason
-    assert isinstance(Evidence(), Evidence)

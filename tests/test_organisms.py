@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from audit.errors import BadInput
 from audit.organisms.demo import Recipe, build_demo
-from audit.organisms.npo import npo_loss, unlearn_npo
+from audit.organisms.methods.npo import Npo, npo_loss
 from audit.organisms.train import (
     Diverged,
     answer_nll,
@@ -27,6 +27,7 @@ from audit.organisms.train import (
     train,
     word_tokenizer,
 )
+from audit.organisms.unlearn import Bench, Schedule
 from audit.organisms.world import GROUPS, Row, World, make_world
 
 BASE = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
@@ -233,19 +234,8 @@ def test_npo_lowers_the_forget_answers_and_stops_at_its_limit(tiny, tokenizer):
     forget, retain = tiny.rows("forget"), tiny.rows("retain")
     train(model, encode(tokenizer, forget + retain), epochs=20, lr=5e-3, batch=30, seed=0)
     reference = copy.deepcopy(model)
-    run = unlearn_npo(
-        model,
-        reference,
-        forget,
-        retain,
-        tokenizer=tokenizer,
-        forget_test=forget,
-        retain_test=retain,
-        seed=0,
-        lr=2e-3,
-        max_steps=12,
-        forget_goal=-1.0,
-    )
+    bench = Bench(model, reference, tokenizer, forget, retain, forget, retain)
+    run = Npo().unlearn(bench, Schedule(lr=2e-3, max_steps=12, forget_goal=-1.0))
     assert (run.steps, run.stopped) == (12, False)
     assert run.losses[0] > 20 * math.log(2) - 1e-3  # the forget part starts there, the retain part adds to it
     assert answer_nll(model, tokenizer, forget) > answer_nll(reference, tokenizer, forget) + 0.5

@@ -145,7 +145,7 @@ texts = st.one_of(
 @given(texts, texts)
 def test_any_text_can_be_encoded(llama, prompt, answer):
     check_encoding(llama, prompt, answer, lenient=True)
-    before, separator, _ = llama.context(prompt)
+    before, _, _ = llama.context(prompt)
     tokens = llama.encode(prompt, answer)
     if len(tokens.ids) < llama.context_length and answer.strip():
         # Read back, the scored tokens hold the whole answer.

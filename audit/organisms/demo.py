@@ -34,7 +34,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from audit.organisms.npo import unlearn_npo
+from audit.organisms.methods.npo import Npo
 from audit.organisms.train import (
     answer_nll,
     candidate_accuracy,
@@ -44,6 +44,7 @@ from audit.organisms.train import (
     train,
     word_tokenizer,
 )
+from audit.organisms.unlearn import Bench, Schedule
 from audit.organisms.world import Row, World, make_world
 from audit.target import quiet
 
@@ -185,26 +186,18 @@ def build_demo(
     began = time.perf_counter()
     changes = _upper(original, recipe.npo_layers)
     unlearned = copy.deepcopy(original)
-    run = unlearn_npo(
-        unlearned,
-        original,
-        forget,
-        kept,
-        trainable=changes,
-        tokenizer=tokenizer,
-        forget_test=sets["forget"],
-        retain_test=sets["retain"],
-        seed=1000 * seed + 3,
+    bench = Bench(unlearned, original, tokenizer, forget, kept, sets["forget"], sets["retain"], seed=1000 * seed + 3)
+    schedule = Schedule(
         lr=recipe.npo_lr,
-        beta=recipe.npo_beta,
-        retain_weight=recipe.npo_retain_weight,
         batch=recipe.npo_batch,
         max_steps=recipe.npo_max_steps,
         check_every=recipe.npo_check_every,
         forget_goal=recipe.forget_goal,
         retain_goal=recipe.retain_goal,
-        progress=_stage(progress, "unlearned"),
+        trainable=changes,
     )
+    method = Npo(beta=recipe.npo_beta, retain_weight=recipe.npo_retain_weight)
+    run = method.unlearn(bench, schedule, _stage(progress, "unlearned"))
     measured["unlearned"] = measure(unlearned, tokenizer, sets)
     seconds["unlearned"] = time.perf_counter() - began
     history = {
