@@ -25,7 +25,7 @@ from audit.target import Target
 from audit.tokens import Tokens
 
 Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
-_LOGITS_ELEMENTS = 2**24  # 64 MiB of float32 logits at a time
+_LOGITS_ELEMENTS = 2**23  # 32 MiB of float32 logits at a time
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ What is measured: the state at every block's output is read through the model's 
 the position where the answer is decided. Where the example has wrong answers, that is the **fork**: the first
 position at which the right answer and a wrong one differ while everything before is the same; the statistic is
 whether the right token beats all tokens offered there (chance: 1 in the number of options). Without wrong answers
-it is the reciprocal rank of the answer's tokens over the whole vocabulary.
+it is the reciprocal rank of the answer's first eight tokens over the whole vocabulary.
 
     z_l = W_U · norm(h_l),   choice_l = 1[ z_l(right) > max z_l(wrong) ],   rr_l = 1 / rank of the right token
 
@@ -54,6 +54,9 @@ RANK = Statistic(
     "reciprocal-rank", "logit lens: reciprocal rank of the right token", "1/rank",
     "the right answer stands higher inside", (0.0, 1.0), 0.1, _SOURCE,
 )  # fmt: skip
+
+
+_READ_TOKENS = 8
 
 
 def read_off(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -137,7 +140,7 @@ class Lens(Instrument):
                 if _has_options(case):
                     forks = [fork(target, row) or target.encode(row.prompt, row.answer) for row in rows]
                 else:
-                    forks = [target.encode(row.prompt, row.answer) for row in rows]
+                    forks = [_beginning(target.encode(row.prompt, row.answer)) for row in rows]
                 made.append(Request(f"lens/{name}", tuple(forks), (readout,), {"layers": layers}))
         return made
 
@@ -164,6 +167,11 @@ def _rows(case: Case, name: str) -> tuple[Example, ...]:
     """All rows where one position each is read; fewer where every token of the answer is, at every layer."""
     limit = {"quick": 40, "standard": 120, "thorough": None}[case.options.budget.value]
     return case.rows(name, None if _has_options(case) else limit)
+
+
+def _beginning(tokens: Tokens) -> Tokens:
+    """The answer's first tokens: reading one costs an unembedding a layer, and facts come early."""
+    return Tokens(tokens.ids[: tokens.start + _READ_TOKENS], tokens.start)
 
 
 def _has_options(case: Case) -> bool:
