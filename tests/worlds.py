@@ -7,6 +7,7 @@ The builders are cached functions, because a session fixture imported into two m
 from __future__ import annotations
 
 import atexit
+import gc
 import hashlib
 import os
 import subprocess
@@ -60,11 +61,14 @@ class Scanned:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
+    """One thread, and garbage collections that look at new objects only: a scan collects a dozen times."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()
     try:
         yield
     finally:
+        gc.unfreeze()
         torch.set_num_threads(threads)
 
 

@@ -167,11 +167,13 @@ class Method(ABC):
         name: as in recipes and labels; the module's name with dashes.
         reference: the paper, and where the formula was read.
         schedule: settings under which it works on the worlds of this package.
+        label: what the models it makes are: "unlearned", or "suppressed" by construction.
     """
 
     name: ClassVar[str]
     reference: ClassVar[str]
     schedule: ClassVar[Schedule] = Schedule()
+    label: ClassVar[str] = "unlearned"
 
     @abstractmethod
     def unlearn(self, bench: Bench, schedule: Schedule, progress: Progress | None = None) -> Unlearning:

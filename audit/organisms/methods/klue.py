@@ -1,0 +1,124 @@
+"""KLUE-like: gradient ascent on only those MLP neurons that carry the answer and not the shape of the question.
+
+    score(n) = mean_i |a_n * dlogp(y_i|x_i)/da_n| - penalty * mean_i |a_n * dlogp(y_i|x_j)/da_n|,  j another row
+
+with a_n the input of neuron n to the down projection before the answer; the second mean is the superficial part, the
+same answer behind another row's question. Of the neurons of all layers the best `share` may change (their row of the
+gate and up projections, their column of the down projection), all else stays bit for bit. On these
+
+    L = mean over forget rows still answered right of log p(y|x) + retain_weight * cross-entropy(retain)
+
+Source: the idea of KLUE in FaithUn, arXiv 2502.19207, read in summaries. Only the idea is known: attribution by
+activation times gradient, the mismatch by rolling answers, share, and penalty are this package's. Label it
+"KLUE-like".
+
+Traps:
+
+- A row counts as right if every answer token is the likeliest of the whole vocabulary, so forgetting stops at
+  second rank: the answer often stays the best or second best of the ten candidates.
+- Only LLaMA-like blocks (gate, up and down projections) are known here.
+- Embeddings, attention and head are untouched: what they hold stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from audit.errors import BadInput
+from audit.organisms.states import answer_logits
+from audit.organisms.train import Encoded
+from audit.organisms.unlearn import Batch, Bench, GradientMethod, Schedule
+
+
+def neuron_scores(known: Tensor, superficial: Tensor, penalty: float) -> Tensor:
+    """The score of each neuron from two attributions `[rows, neurons]`."""
+    return known.abs().mean(dim=0) - penalty * superficial.abs().mean(dim=0)
+
+
+def still_known(logits: Tensor, tokens: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Whether every answer token of a row is the likeliest one, `[count]`; `rows` is the row of each token."""
+    missed = (logits.argmax(dim=-1) != tokens).long()
+    return torch.zeros(count, dtype=torch.long).index_add_(0, rows, missed) == 0
+
+
+def attribution(model: nn.Module, data: Encoded) -> list[Tensor]:
+    """Activation times gradient of the answers' log-probability in each layer's MLP, `[rows, neurons]`, summed."""
+    seen: list[Tensor] = []
+    downs = [module for name, module in model.named_modules() if name.endswith("down_proj")]
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(inputs[0] if inputs[0].requires_grad else inputs[0].requires_grad_())
+        return (seen[-1],)
+
+    hooks = [down.register_forward_pre_hook(keep) for down in downs]
+    try:
+        logits, tokens = answer_logits(model, data)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    logp = logits.log_softmax(dim=-1).gather(1, tokens[:, None]).sum()
+    return [(a * g).sum(dim=1).detach() for a, g in zip(seen, torch.autograd.grad(logp, seen), strict=True)]
+
+
+@dataclass(frozen=True)
+class KlueLike(GradientMethod):
+    """Ascent on the neurons that hold the answers, for the rows still answered right."""
+
+    name: ClassVar[str] = "klue"
+    reference: ClassVar[str] = "after the idea of KLUE in arXiv 2502.19207 (not the published method)"
+    schedule: ClassVar[Schedule] = Schedule(lr=5e-4, max_steps=300)
+    share: float = 0.1
+    penalty: float = 0.5
+    retain_weight: float = 4.0
+    score_rows: int = 256
+    _masks: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def prepare(self, bench: Bench, schedule: Schedule) -> None:
+        """Score the neurons and make a mask for each tensor that holds some of them."""
+        data = bench.forget.take(torch.randperm(len(bench.forget), generator=bench.generator)[: self.score_rows])
+        swapped = data.ids.clone()
+        if bool((data.answer.sum(dim=1) == 1).all()):
+            swapped[data.answer] = data.ids[data.answer].roll(1)
+            prompts = _with_prompt_of_next(data, swapped)
+        else:  # with longer answers, only the tokens before them are changed
+            prompts = replace(data, ids=torch.where(data.answer, data.ids, data.ids.roll(1, dims=0)))
+        pairs = zip(attribution(bench.model, data), attribution(bench.model, prompts), strict=True)
+        scores = [neuron_scores(known, superficial, self.penalty) for known, superficial in pairs]
+        if not scores:
+            raise BadInput("klue knows only models with gate, up and down projections")
+        pooled = torch.cat(scores)
+        bound = pooled.topk(max(1, round(self.share * len(pooled)))).values[-1]
+        self._masks.clear()
+        mlps = [m for name, m in bench.model.named_modules() if name.endswith("mlp") and hasattr(m, "down_proj")]
+        for mlp, score in zip(mlps, scores, strict=True):
+            mask = (score >= bound).float()
+            for projection, shaped in (("gate_proj", mask[:, None]), ("up_proj", mask[:, None]), ("down_proj", mask)):
+                self._masks[id(getattr(mlp, projection).weight)] = shaped
+
+    def loss(self, bench: Bench, batch: Batch) -> Tensor:
+        """The mean log-probability of what is still known, and the retain loss."""
+        logits, tokens = answer_logits(bench.model, batch.forget)
+        rows = batch.forget.answer[:, 1:].nonzero()[:, 0]
+        known = still_known(logits.detach(), tokens, rows, len(batch.forget))[rows].float()
+        logp = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+        ascent = (logp * known).sum() / known.sum().clamp_min(1.0)
+        return ascent + self.retain_weight * bench.retain_loss(batch)
+
+    def adjust(self, bench: Bench, batch: Batch, parameters: Sequence[nn.Parameter]) -> None:
+        """Keep the gradients of the chosen neurons only."""
+        for p in parameters:
+            mask = self._masks.get(id(p))
+            p.grad = None if mask is None or p.grad is None else p.grad * mask
+
+
+def _with_prompt_of_next(data: Encoded, swapped: Tensor) -> Encoded:
+    """One-token answers change places, and their questions stay."""
+    return replace(data, ids=swapped)
+
+
+METHOD = KlueLike()
