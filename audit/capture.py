@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from audit.errors import BadInput
 from audit.plan import Batch, Generate, Work, pack
 from audit.quantities import TOKEN, View
 from audit.target import Target
@@ -51,6 +52,7 @@ class Engine:
     share: bool = True
     forward_tokens: int = 0
     _ready: bool = field(default=False, repr=False)
+    _whole: bool = field(default=False, repr=False)
 
     # --- passes ---------------------------------------------------------------------------------------
 
@@ -58,6 +60,8 @@ class Engine:
         """Capture one batch; a row for each of its works, in their order."""
         with torch.inference_mode():
             self._prepare()
+            if batch.prefix and not self.share:  # planned before the model was there to be asked
+                batch = Batch(0, tuple((row,) for row in batch.inputs))
             rows = self._run(batch)
         self.forward_tokens += batch.forward_tokens
         return rows
@@ -90,7 +94,7 @@ class Engine:
             return
         self._model = self.target.model
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
-        probe = torch.arange(12, device=self.target.device)[None] % vocabulary
+        probe = torch.arange(min(12, self.target.context_length), device=self.target.device)[None] % vocabulary
         whole = self._model(input_ids=probe, use_cache=False).logits
         self._body, self._head = self._model.base_model, _head(self._model)
         state = self._body(input_ids=probe, use_cache=True)
@@ -98,13 +102,18 @@ class Engine:
         tolerance = 1e-4 * max(1.0, float(whole.abs().max()))
         if apart.shape != whole.shape or float((apart - whole.float()).abs().max()) > tolerance:
             self._body, self._head = self._model, _same  # an unusual head: let the model apply it itself
+            self._whole = True
             state = self._body(input_ids=probe, use_cache=True)
         self._chunk = max(1, _LOGITS_ELEMENTS // whole.shape[-1])
         self.share = self.share and self._cache_can_be_shared(getattr(state, "past_key_values", None), probe, whole)
         self._ready = True
 
     def _cache_can_be_shared(self, cache: Any, probe: torch.Tensor, whole: torch.Tensor) -> bool:
-        if cache is None or not all(hasattr(layer, "keys") for layer in getattr(cache, "layers", [None])):
+        if (
+            cache is None
+            or probe.shape[1] < 12
+            or not all(hasattr(layer, "keys") for layer in getattr(cache, "layers", [None]))
+        ):
             return False
         prefix = self._body(input_ids=probe[:, :6], use_cache=True).past_key_values
         index = torch.zeros(2, dtype=torch.long, device=self.target.device)
@@ -174,6 +183,8 @@ class Engine:
         return rows
 
     def _norm(self, state: torch.Tensor) -> torch.Tensor:
+        if self._whole:
+            raise BadInput(f"{self.target.inventory.root}: its unembedding cannot be applied to inner states")
         normed: torch.Tensor = self.target.final_norm(state)
         return normed
 

@@ -108,7 +108,12 @@ def _option(key: str, value: Any, where: str) -> Any:
             raise BadInput(f"{where}: seed {value!r} is no whole number of at least 0")
         return value
     if key in ("only", "skip"):
-        return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+        names = [name for name in value.split(",") if name] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise BadInput(f"{where}: {key} {value!r} is no list of names")
+        return tuple(names)
+    if key == "template" and not isinstance(value, str):
+        raise BadInput(f"{where}: template {value!r} is no text")
     if key == "template" and value not in ("auto", "chat", "qa", "plain") and "{prompt}" not in value:
         raise BadInput(f"{where}: template {value!r} holds no {{prompt}} and is none of auto, chat, qa, plain")
     return value
@@ -138,9 +143,11 @@ class Case:
         count = 0
         sizes = dict(zip(*np.unique(clusters, return_counts=True), strict=True))
         for entity in entities:
-            if count + sizes[entity] <= limit or not kept:
+            if count + sizes[entity] <= limit:
                 kept.add(str(entity))
                 count += int(sizes[entity])
+        if not kept:  # every entity is larger than the limit: the first drawn of the smallest
+            kept.add(str(min(entities, key=sizes.__getitem__)))
         return tuple(e for e, c in zip(examples, clusters, strict=True) if c in kept)
 
     @staticmethod
@@ -213,7 +220,15 @@ def read_case(path: Path) -> tuple[str, dict[str, Path], dict[str, SetSpec], dic
         if role not in ROLES or not isinstance(value, str):
             raise BadInput(f"{path}: [models] {role} = {value!r}: a role is one of {', '.join(ROLES)}, a path a string")
         models[role] = path.parent / value
-    specs = {name: _spec(value, path, f"[sets] {name}") for name, value in raw.get("sets", {}).items()}
+    specs: dict[str, SetSpec] = {}
+    for name, value in raw.get("sets", {}).items():
+        if name not in SETS:
+            raise BadInput(f"{path}: unknown set {name!r} (known: {', '.join(SETS)})")
+        try:
+            specs[name] = _spec(value, path, f"[sets] {name}")
+        except BadInput as error:
+            text = str(error)
+            raise BadInput(text if text.startswith(str(path)) else f"{path}: [sets] {name}: {text}") from None
     return str(raw.get("name", "")), models, specs, dict(raw.get("options", {}))
 
 
@@ -226,6 +241,11 @@ def _spec(value: Any, path: Path, where: str) -> SetSpec:
     unknown = sorted(set(value) - known)
     if unknown:
         raise BadInput(f"{path}: {where}: unknown key {unknown[0]!r} (known: {', '.join(sorted(known))})")
+    for key, item in value.items():
+        whole = key in ("limit", "offset", "passage_words")
+        kind = int if whole else dict if key in ("columns", "where") else str
+        if not isinstance(item, kind) or isinstance(item, bool):
+            raise BadInput(f"{path}: {where}: {key} = {item!r} is no {'whole number' if whole else kind.__name__}")
     return replace(SetSpec(path.parent / value["path"]), **{k: v for k, v in value.items() if k != "path"})
 
 

@@ -108,11 +108,9 @@ class Store:
                 self._cache.popitem(last=False)
         else:
             self._cache.move_to_end(place.block)
-        prefix = f"{quantity}/"
+        arrays = {name.rpartition("/")[::2]: array for name, array in block.items()}
         return {
-            name.removeprefix(prefix): array[place.first + skip : place.last]
-            for name, array in block.items()
-            if name.startswith(prefix)
+            key: array[place.first + skip : place.last] for (name, key), array in arrays.items() if name == quantity
         }
 
     def _write(self, quantities: dict[str, tuple[list[tuple[str, int, int]], Arrays]]) -> None:
@@ -122,8 +120,8 @@ class Store:
             for key, array in parts.items()
         }
         index = {name: rows for name, (rows, _) in quantities.items()}
-        metadata = {"rows": json.dumps(index), "context": json.dumps(self._context, sort_keys=True)}
-        data = save(arrays, metadata)
+        # One entry: safetensors writes several in random order, and the block's name is the digest of its bytes.
+        data = save(arrays, {"block": json.dumps({"context": self._context, "rows": index}, sort_keys=True)})
         path = self.folder / f"{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
         write_atomically(path, data, sync=False)
         self._index(path, data)
@@ -134,7 +132,12 @@ class Store:
             path.rename(path.with_suffix(".damaged"))
             return
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        for quantity, rows in json.loads(header["__metadata__"]["rows"]).items():
+        block = json.loads(header["__metadata__"]["block"])
+        if block["context"] != self._context:  # another model's block, carried here
+            self.damaged.append(path.name)
+            path.rename(path.with_suffix(".damaged"))
+            return
+        for quantity, rows in block["rows"].items():
             first = 0
             for key, start, length in rows:
                 known = self._places.get((key, quantity))
@@ -147,7 +150,10 @@ class Store:
     def note(self, name: str) -> float | None:
         """A number noted about this context, e.g. its numeric noise; None if it was not."""
         path = self.folder / f"{name}.json"
-        return float(json.loads(path.read_text())) if path.is_file() else None
+        try:
+            return float(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):  # not there, or damaged: to be measured again
+            return None
 
     def write_note(self, name: str, value: float) -> None:
         """Note a number."""
@@ -172,6 +178,8 @@ class Evidence:
         for request in requests:
             known = self._requests.get((role, request.name))
             if isinstance(known, Request) and isinstance(request, Request):
+                if known.sequences != request.sequences:
+                    raise ValueError(f"two requests named {request.name!r} for different texts")
                 # Two instruments may ask the same of the same texts; what one of them adds is added.
                 both = {q.name: q for q in (*known.quantities, *request.quantities)}
                 request = replace(request, quantities=tuple(both.values()), extra={**known.extra, **request.extra})

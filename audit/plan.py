@@ -111,10 +111,12 @@ def pack(works: Sequence[Work], *, token_budget: int, share: bool = True, overhe
     plain: list[tuple[Input, ...]] = []
     shared: dict[int, list[tuple[Input, ...]]] = {}
     for prefix, group in _families(_inputs(works)) if share else [(0, [Input(w.tokens.ids[:-1], (w,))]) for w in works]:
-        if prefix:
-            shared.setdefault(prefix - prefix % 4 or prefix, []).append(tuple(group))
-        else:
-            plain.extend((row,) for row in group)
+        common = prefix - prefix % 4 or prefix
+        for piece in _pieces(common, group, token_budget) if common else [(row,) for row in group]:
+            if len(piece) > 1:
+                shared.setdefault(common, []).append(piece)
+            else:
+                plain.append(piece)
     for prefix in [p for p, groups in shared.items() if p * sum(len(g) - 1 for g in groups) <= 2 * overhead]:
         plain.extend((row,) for group in shared.pop(prefix) for row in group)
     batches = _fill(0, plain, token_budget)
@@ -156,15 +158,27 @@ def _families(rows: Sequence[Input]) -> list[tuple[int, list[Input]]]:
     return families
 
 
+def _pieces(prefix: int, family: list[Input], budget: int) -> list[tuple[Input, ...]]:
+    """A family in parts that fit a batch: every row keeps a copy of its prefix's keys and values in memory.
+
+    A batch holds at most `budget` tokens of suffix, padding included, and as many of copied prefixes; what is split
+    computes its prefix once a part.
+    """
+    longest = max(len(row.ids) for row in family) - prefix
+    size = max(1, budget // max(prefix, longest))
+    return [tuple(family[i : i + size]) for i in range(0, len(family), size)]
+
+
 def _fill(prefix: int, groups: list[tuple[Input, ...]], budget: int) -> list[Batch]:
     """Longest first, so that the largest batch is the first and memory is known early."""
-    groups = sorted(groups, key=lambda group: max(len(row.ids) for row in group), reverse=True)
+    most = budget // max(1, prefix)
     batches: list[Batch] = []
     current: list[tuple[Input, ...]] = []
     rows = longest = 0
-    for group in groups:
+    for group in sorted(groups, key=lambda group: max(len(row.ids) for row in group), reverse=True):
         length = max(len(row.ids) for row in group) - prefix
-        fits = (rows + len(group)) * max(longest, length) + prefix * (len(current) + 1) <= budget
+        together = rows + len(group)
+        fits = together * max(longest, length) + prefix * (len(current) + 1) <= budget and together <= most
         if current and not fits:
             batches.append(Batch(prefix, tuple(current)))
             current, rows, longest = [], 0, 0

@@ -177,6 +177,10 @@ def _capture_all(run: _Run, inventories: dict[str, Inventory]) -> Evidence:
             _attack(run, target, evidence, instrument)
         if target.truncated:
             run.limits.append(f"{role}: {target.truncated} texts were longer than its context and were cut")
+        if target.unused:
+            run.limits.append(
+                f"{role}: {len(target.unused)} tensors that its architecture does not use, {target.unused[0]} first"
+            )
         target.release()
     return evidence
 

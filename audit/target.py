@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from audit.errors import BadInput, Refused
@@ -59,6 +59,7 @@ class Target:
         self.dtype = dtype
         self.template = template
         self.truncated = 0
+        self.unused: tuple[str, ...] = ()
         self._model: Any = None
         with quiet():
             self.tokenizer = self._load(AutoTokenizer)
@@ -107,15 +108,14 @@ class Target:
         """
         before, separator, special = self.context(prompt)
         text = before + separator + answer
-        encoded = self.tokenizer(
-            text, add_special_tokens=special, return_offsets_mapping=self.tokenizer.is_fast, verbose=False
-        )
-        ids = tuple(encoded["input_ids"])
+        encoded, ids = self._encode(text, special, return_offsets_mapping=self.tokenizer.is_fast)
         if self.tokenizer.is_fast:
             offsets = encoded["offset_mapping"]
-            start = next((i for i, (_, end) in enumerate(offsets) if end > len(before)), len(ids))
+            # Not the separator: where it is a token of its own, that token carries nothing of the answer.
+            boundary = len(before) + len(separator)
+            start = next((i for i, (_, end) in enumerate(offsets[: len(ids)]) if end > boundary), len(ids))
         else:
-            start = common_prefix(ids, tuple(self.tokenizer(before, add_special_tokens=special)["input_ids"]))
+            start = common_prefix(ids, self._encode(before, special)[1])
         ids, start = self._fit(ids, start, keep_end=bool(prompt))
         if len(ids) < 2:
             ids = (self._any_start(), *(ids or (self._any_start(),)))
@@ -125,9 +125,19 @@ class Target:
     def encode_prompt(self, prompt: str, room: int = 0) -> tuple[int, ...]:
         """Token ids to generate from, leaving `room` tokens of context free."""
         before, _, special = self.context(prompt)
-        ids = tuple(self.tokenizer(before, add_special_tokens=special, verbose=False)["input_ids"])
-        limit = self.context_length - room
+        ids = self._encode(before, special)[1]
+        limit = max(1, self.context_length - room)
         return ids[-limit:] if ids else (self._any_start(),)
+
+    def _encode(self, text: str, special: bool, **options: Any) -> tuple[Any, tuple[int, ...]]:
+        """Token ids without the end of text that some tokenizers add: it is no answer, and nothing follows it."""
+        encoded = self.tokenizer(
+            text, add_special_tokens=special, return_special_tokens_mask=True, verbose=False, **options
+        )
+        ids = list(encoded["input_ids"])
+        while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and encoded["special_tokens_mask"][len(ids) - 1]:
+            ids.pop()
+        return encoded, tuple(ids)
 
     def decode(self, ids: tuple[int, ...]) -> str:
         """Text of token ids, special tokens left out."""
@@ -177,7 +187,16 @@ class Target:
         """The Hugging Face model, in evaluation mode; loaded on first use."""
         if self._model is None:
             with quiet():
-                model = self._load(AutoModelForCausalLM, dtype=self.dtype)
+                model, found = self._load(AutoModelForCausalLM, dtype=self.dtype, output_loading_info=True)
+            if missing := sorted(found["missing_keys"]):  # transformers would fill these with random numbers
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise Refused(f"{self.inventory.root}: no tensor {missing[0]}{more} in the weights")
+            self.unused = tuple(sorted(found["unexpected_keys"]))
+            # What the folder says of generation must not decide what an audit gets to read.
+            kept = model.generation_config
+            model.generation_config = GenerationConfig(
+                bos_token_id=kept.bos_token_id, eos_token_id=kept.eos_token_id, pad_token_id=kept.pad_token_id
+            )
             self._model = model.to(self.device).eval().requires_grad_(False)
         return self._model
 
@@ -236,7 +255,7 @@ class Target:
             if block is not None:
                 path, side = (
                     f"{places['blocks']}.{block[1]}",
-                    "input" if block[2].endswith("_pre") else "output",
+                    "input" if block[2] in ("hook_resid_pre", "hook_in") else "output",
                 )
                 if block[2] in ("hook_attn_out", "hook_mlp_out"):
                     path += "." + places[block[2].split("_")[1]]
@@ -269,7 +288,18 @@ def _canonical_places(config: Any) -> dict[str, str]:
     )
     mapping = adapter.get_component_mapping()
     places = {part: mapping[part].name for part in ("embed", "blocks", "ln_final")}
-    return places | {part: mapping["blocks"].submodules[part].name for part in ("attn", "mlp")}
+    # The sublayer's contribution to the residual stream: after its own norm, where it has one (Gemma 2, OLMo 2).
+    block = mapping["blocks"]
+    aliases = getattr(block, "hook_aliases", {})
+    for part in ("attn", "mlp"):
+        alias = aliases.get(f"hook_{part}_out", f"{part}.hook_out")
+        alias = alias if isinstance(alias, str) else alias[0]
+        path, component = [], block
+        for step in alias.removesuffix(".hook_out").split("."):
+            component = component.submodules[step]
+            path.append(component.name)
+        places[part] = ".".join(path)
+    return places
 
 
 @contextmanager

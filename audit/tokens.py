@@ -32,8 +32,9 @@ class Tokens:
 
     @property
     def key(self) -> str:
-        """Content address of ids and rivals: 32 hex digits. `start` is no part of it."""
-        return content_key(self.ids, self.rivals)
+        """Content address of ids and rivals: 32 hex digits. `start` is part of it only where there are rivals."""
+        # Rivals belong to the position `start`: with them, another start is another question.
+        return content_key(self.ids, (self.start, *self.rivals) if self.rivals else ())
 
 
 def content_key(ids: tuple[int, ...], rivals: tuple[int, ...] = ()) -> str:

@@ -165,7 +165,6 @@ def test_options_as_the_record_keeps_them_are_options_again(budget, access):
     assert Options.parse(options.dump(), "record") == options
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: '' for only or skip means one instrument without a name")
 def test_options_that_name_no_instrument_as_the_record_keeps_them():
     assert Options.parse(Options().dump(), "record") == Options()
 
@@ -208,7 +207,6 @@ def test_bad_input_names_the_file_and_the_fault(text, says, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: found, but the message does not name the case file")
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -237,9 +235,6 @@ def test_bad_input_of_any_kind_is_bad_input(text, says, tmp_path):
         built(write_case(tmp_path, text))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=(TypeError, AttributeError), reason="BUG: a value of the wrong type is a traceback"
-)
 @pytest.mark.parametrize(
     "text",
     [
@@ -312,9 +307,6 @@ def test_whole_entities_in_file_order_within_the_limit(entities, limit, seed):
     assert Case.clusters(rows) == [row.entity or row.id for row in rows]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: an entity above the limit is taken, if it is drawn first, though others fit"
-)
 def test_an_entity_larger_than_the_limit_is_not_drawn_where_others_fit():
     entities = ["big"] * 30 + ["a", "b", "c", "d"] * 2
     for seed in range(20):

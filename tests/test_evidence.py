@@ -120,7 +120,6 @@ def test_more_blocks_than_are_kept_in_memory(tmp_path, monkeypatch):
     assert len(store._cache) <= 2
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: safetensors writes two metadata entries in random order")
 def test_the_same_batch_is_the_same_block(tmp_path):
     store, [batch] = filled(tmp_path, blocks=1)
     before = {path.name: path.read_bytes() for path in store.folder.iterdir()}
@@ -129,7 +128,6 @@ def test_the_same_batch_is_the_same_block(tmp_path):
     assert {path.name: path.read_bytes() for path in store.folder.iterdir()} == before
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a quantity named 'a' also serves the arrays of one named 'a/b'")
 def test_names_with_a_slash_stay_apart(tmp_path):
     store = Store(tmp_path, CONTEXT)
     tokens = Tokens((1, 2, 3), 1)
@@ -232,7 +230,6 @@ def test_a_store_of_another_context_serves_nothing(tmp_path):
     assert same.knows(batches[0][0], TOKEN)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a block says of which context it is, but nobody looks")
 def test_a_block_carried_into_another_contexts_folder_is_not_served(tmp_path):
     store, batches = filled(tmp_path, blocks=1)
     other = Store(tmp_path, {**CONTEXT, "model": "b" * 64})
@@ -268,9 +265,6 @@ def test_notes(tmp_path):
     assert Store(tmp_path, {**CONTEXT, "dtype": "x"}).note("noise") is None
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: a damaged note ends the scan, where a damaged block would be computed again"
-)
 @pytest.mark.parametrize("data", [b"", b"\x00\x00", b"{}"])
 def test_a_damaged_note_is_unknown(data, tmp_path):
     store = Store(tmp_path, CONTEXT)
@@ -320,9 +314,6 @@ def test_two_instruments_that_ask_the_same_get_both_their_quantities(tmp_path):
         equal(row, values(tokens)["token"] | values(tokens)["top-3"])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: of two requests of one name for other texts, the first one's are forgotten"
-)
 def test_two_requests_of_one_name_for_other_texts_are_refused(tmp_path):
     store, batches = filled(tmp_path)
     requests = [Request("answer", tuple(batch)) for batch in batches]

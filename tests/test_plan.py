@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,7 +77,6 @@ def test_merge_does_not_depend_on_who_asks_first_for_what():
     assert merge([]) == []
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: rivals belong to one position, but merge moves them to the earliest start")
 def test_merge_keeps_rivals_at_their_position():
     ids = (1, 2, 3, 4, 5, 6)
     merged = merge([Request("a", (Tokens(ids, 5, (7,)),)), Request("b", (Tokens(ids, 2, (7,)),))])

@@ -16,7 +16,6 @@ from audit.errors import BadInput, Refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SEPARATOR = "BUG: a token that holds nothing but the space before the answer is scored with it"
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 )
@@ -126,7 +125,6 @@ def test_nothing_else_is_scored_where_the_space_belongs_to_the_answers_first_tok
     check_encoding(llama, prompt, answer, lenient=False)
 
 
-@pytest.mark.xfail(strict=True, reason=SEPARATOR)
 @pytest.mark.parametrize("answer", ["Ω", "😀!", "“Yes”"])
 def test_a_space_that_is_a_token_of_its_own_is_not_scored(answer, llama):
     check_encoding(llama, "Once upon a time", answer, lenient=False)
@@ -178,7 +176,6 @@ def test_any_prompt_leaves_the_room_that_was_asked_for(llama, prompt, room):
     assert whole[-len(ids) :] == ids  # it is the end that is kept
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: without room for a prompt, its beginning is cut off in place of its end")
 @pytest.mark.parametrize("room", [512, 520])
 def test_a_prompt_without_room(room, llama):
     whole = llama.encode_prompt("Once upon a time there was a little girl named Lily who")
@@ -243,15 +240,11 @@ def appends_eos(tmp_path_factory, open_target):
     return open_target(save_tiny(tmp_path_factory.mktemp("eos") / "m", "llama", tokenizer))
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: an end of text that the tokenizer adds is scored as part of the answer")
 def test_an_end_of_text_that_the_tokenizer_adds_is_not_scored(appends_eos):
     tokens = appends_eos.encode("w1 w2", "w3 w4")
     assert appends_eos.tokenizer.convert_ids_to_tokens(list(tokens.ids[tokens.start :])) == ["w3", "w4"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: a prompt to be continued ends with the end of text that the tokenizer adds"
-)
 def test_a_prompt_to_be_continued_does_not_end(appends_eos):
     assert appends_eos.encode_prompt("w1 w2")[-1] != appends_eos.tokenizer.eos_token_id
 
@@ -358,22 +351,19 @@ def test_a_tensor_of_another_shape_is_refused(folders, open_target, tmp_path):
         _ = open_target(changed_weights(folders["words"], tmp_path / "m", change)).model
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: a missing tensor is filled with random numbers, other ones at each loading"
-)
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"])
 def test_a_missing_tensor_is_refused(name, folders, open_target, tmp_path):
     with pytest.raises(Refused, match=re.escape(name)):
         _ = open_target(changed_weights(folders["words"], tmp_path / "m", lambda w: w.pop(name))).model
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: tensors that the architecture does not use are passed over in silence")
-def test_a_tensor_that_is_not_used_is_refused_or_noted(folders, open_target, tmp_path):
+def test_a_tensor_that_is_not_used_is_noted(folders, open_target, tmp_path):
     def change(weights):
         weights["model.layers.2.mlp.down_proj.weight"] = torch.ones(32, 64)
 
-    with pytest.raises(Refused, match=r"model\.layers\.2"):
-        _ = open_target(changed_weights(folders["words"], tmp_path / "m", change)).model
+    target = open_target(changed_weights(folders["words"], tmp_path / "m", change))
+    assert target.model is not None
+    assert target.unused == ("model.layers.2.mlp.down_proj.weight",)
 
 
 def test_a_folder_that_transformers_cannot_open(folders, open_target, tmp_path):
@@ -426,7 +416,6 @@ def test_a_place_that_is_not_there_is_bad_input(name, folders, open_target):
         open_target(folders["words"]).site(name)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: the input of a block is answered with its output")
 def test_the_input_of_a_block_under_its_plain_name(folders, open_target):
     target = open_target(folders["words"])
     assert target.site("blocks.0.hook_in") == target.site("blocks.0.hook_resid_pre")
