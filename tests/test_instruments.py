@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from worlds import build_tiny, open_target, quiet_scan, small_case, tiny_case, tiny_evidence
+from worlds import audit_here, build_tiny, open_target, quiet_scan, small_case, tiny_case, tiny_evidence
 
-import cli
 from audit.capture import Engine
 from audit.case import ROLES, SETS, Case, Options
 from audit.errors import BadInput
@@ -312,19 +311,6 @@ def registered(monkeypatch) -> Callable[..., None]:
     return register
 
 
-def run_cli(monkeypatch, *words: object) -> int:
-    """The command line in this process, where a patched registry can be seen; its exit code."""
-    monkeypatch.setattr("sys.argv", ["audit", *map(str, words)])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-    finally:
-        torch.set_num_threads(threads)
-    return int(left.value.code or 0)
-
-
 def scan_words(out: object, *more: object) -> list[object]:
     tiny = build_tiny()
     return ["scan", tiny.models["original"], "--forget", tiny.sets["forget"], "--holdout", tiny.sets["holdout"],
@@ -334,14 +320,14 @@ def scan_words(out: object, *more: object) -> list[object]:
 def test_a_third_party_s_instrument_is_listed_and_scanned_with(registered, monkeypatch, tmp_path, capsys):
     registered(("toy", "Toy"))
     assert "toy" in names()
-    assert run_cli(monkeypatch, "list", "--json") == 0
+    assert audit_here(monkeypatch, "list", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["toy"] == {
         "name": "toy", "kind": "instrument", "title": "Are the answers long?", "question": "trace",
         "access": "logprobs", "sets": ["forget"], "roles": [], "reference": "nobody 2024",
     }  # fmt: skip
     assert rows["relearn"]["kind"] == "attack"
-    assert run_cli(monkeypatch, *scan_words(tmp_path, "--only", "toy")) == 0
+    assert audit_here(monkeypatch, *scan_words(tmp_path, "--only", "toy")) == 0
     record = Record.read(tmp_path)
     [found] = record.findings
     assert (found.id, found.estimate, found.verdict) == ("toy/length", 1.0, Outcome.NONE)
@@ -355,7 +341,7 @@ def test_what_breaks_becomes_rows_and_exit_4(registered, monkeypatch, tmp_path, 
         ("absent", "nowhere_to_be_found:X"), ("other-name", "CallsItselfOther"), ("unfinished", "Unfinished"),
         ("no-instrument", "NoInstrument"), own=False,
     )  # fmt: skip
-    assert run_cli(monkeypatch, *scan_words(tmp_path, "--fail-on", "never")) == 4
+    assert audit_here(monkeypatch, *scan_words(tmp_path, "--fail-on", "never")) == 4
     record = Record.read(tmp_path)
     assert [finding.id for finding in record.findings] == ["toy/length"], "the others' findings are not lost"
     rows = {row.instrument: row for row in record.not_run}
@@ -374,7 +360,7 @@ def test_what_breaks_becomes_rows_and_exit_4(registered, monkeypatch, tmp_path, 
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("audit: incomplete: ")
     assert all(name in said for name in failed)
-    assert run_cli(monkeypatch, "list") == 0
+    assert audit_here(monkeypatch, "list") == 0
     assert "broken" in capsys.readouterr().out
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worlds import open_target, tiny_case, tiny_evidence
 
 from audit.capture import Engine
 from audit.loaders import Example
@@ -16,7 +17,6 @@ from audit.plan import Request, merge
 from audit.quantities import Quantity, View
 from audit.target import Target
 from probes.lens import Lens, beats, fork, layer_readout, read_layers, read_off
-from worlds import open_target, tiny_case, tiny_evidence
 
 # --- the plain functions
 

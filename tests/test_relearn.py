@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worlds import build_tiny, folder_digest, one_thread, open_target, quiet_scan, scan_tiny, tiny_case, tiny_evidence
 
 import attacks.relearn
 from attacks.relearn import Recipe, Relearn, fine_tune, halves, recipe_for
@@ -18,7 +19,6 @@ from audit.case import Case, Options
 from audit.record import Outcome, Side
 from audit.tokens import Tokens
 from audit.verdict import judge
-from worlds import build_tiny, folder_digest, one_thread, open_target, quiet_scan, scan_tiny, tiny_case, tiny_evidence
 
 # --- halves
 

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 
+import cli
 from audit.case import Case, Options, read_case
 from audit.evidence import Evidence
 from audit.inventory import take_inventory
@@ -172,16 +173,9 @@ def audit(*words: str | Path, cwd: Path = REPO, **more: str) -> subprocess.Compl
     )
 
 
-@pytest.fixture
-def tiny() -> Tiny:
-    return build_tiny()
-
-
-@pytest.fixture
-def scanned() -> Scanned:
-    return scan_tiny()
-
-
-@pytest.fixture
-def tiny_evidence_of_scan() -> Evidence:
-    return tiny_evidence()
+def audit_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Run the command line in this process, which spares the imports and sees what is patched; its exit code."""
+    monkeypatch.setattr("sys.argv", ["audit", *map(str, words)])
+    with one_thread(), pytest.raises(SystemExit) as left:
+        cli.main()
+    return int(left.value.code or 0)
