@@ -22,7 +22,7 @@ lint: setup
 
 test: lint
 	./tests/get-chromium
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: setup
 	$(BIN)/audit demo --fail-on never

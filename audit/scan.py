@@ -176,11 +176,9 @@ def _capture_all(run: _Run, inventories: dict[str, Inventory]) -> Evidence:
         for instrument in [i for i in run.instruments if isinstance(i, Attack)]:
             _attack(run, target, evidence, instrument)
         if target.truncated:
-            run.limits.append(f"{role}: {target.truncated} texts were longer than its context and were cut")
-        if target.unused:
-            run.limits.append(
-                f"{role}: {len(target.unused)} tensors that its architecture does not use, {target.unused[0]} first"
-            )
+            run.limits.append(f"{role}: {len(target.truncated)} texts were longer than its context and were cut")
+        if unused := target.unused:
+            run.limits.append(f"{role}: {len(unused)} tensors that its architecture does not use, {unused[0]} first")
         target.release()
     return evidence
 
@@ -198,8 +196,9 @@ def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequenc
         try:
             wanted = list(instrument.requests(run.case, target))
             for request in wanted:
-                if not _alike(asked.setdefault(request.name, request), request):
+                if not _alike(asked.get(request.name, request), request):
                     raise ValueError(f"request {request.name!r} is another instrument's, for other sequences")
+            asked |= {request.name: request for request in wanted}
         except Exception as error:  # one instrument's fault must not take the others' findings with it
             run.drop(instrument, error)
             continue
@@ -285,10 +284,10 @@ def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> No
 
     began = time.monotonic()
     try:
-        stages = attack.stages(run.case, target)
+        stages, release = attack.stages(run.case, target), version("palimpsest-audit")
         if not stages:
             return
-        altered = [target.altered(stage.name, f"{attack.name}/{stage.recipe}") for stage in stages]
+        altered = [target.altered(stage.name, f"{attack.name}/{release}/{stage.recipe}") for stage in stages]
         complete = True
         for view in altered:
             store = Store(run.out / "evidence", context_of(view.digest, dtype=str(view.dtype), device=str(view.device)))

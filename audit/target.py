@@ -58,8 +58,8 @@ class Target:
         self.device = torch.device(device)
         self.dtype = dtype
         self.template = template
-        self.truncated = 0
-        self.unused: tuple[str, ...] = ()
+        self.truncated: set[tuple[int, ...]] = set()
+        self._unused: tuple[str, ...] | None = None
         self._model: Any = None
         with quiet():
             self.tokenizer = self._load(AutoTokenizer)
@@ -147,7 +147,7 @@ class Target:
         excess = len(ids) - self.context_length
         if excess <= 0:
             return ids, start
-        self.truncated += 1
+        self.truncated.add(ids)  # texts, however often they are encoded
         return (ids[excess:], start - excess) if keep_end else (ids[: self.context_length], start)
 
     def _any_start(self) -> int:
@@ -191,7 +191,7 @@ class Target:
             if missing := sorted(found["missing_keys"]):  # transformers would fill these with random numbers
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
                 raise Refused(f"{self.inventory.root}: no tensor {missing[0]}{more} in the weights")
-            self.unused = tuple(sorted(found["unexpected_keys"]))
+            self._unused = tuple(sorted(found["unexpected_keys"]))
             # What the folder says of generation must not decide what an audit gets to read.
             kept = model.generation_config
             model.generation_config = GenerationConfig(
@@ -200,10 +200,18 @@ class Target:
             self._model = model.to(self.device).eval().requires_grad_(False)
         return self._model
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Tensors of the folder that the architecture does not use; reads the weights if nothing has yet."""
+        if self._unused is None:
+            _ = self.model
+        return self._unused or ()
+
     def release(self) -> None:
         """Forget the weights: the next use reads them from disk again, unaltered."""
-        self._model = None
-        gc.collect()
+        if self._model is not None:
+            self._model = None
+            gc.collect()
 
     def altered(self, name: str, recipe: str) -> Target:
         """This target after an attack: same folder, other role and digest, sharing the weights in memory."""

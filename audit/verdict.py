@@ -78,6 +78,12 @@ def _decide(finding: Finding, adjusted: float | None) -> tuple[Outcome, Side, st
             Side.NEITHER,
             (f"not shown, and an effect as large as {worst:.2g} (threshold {finding.threshold:g}) is not ruled out"),
         )
+    if finding.noise >= finding.threshold:
+        return Outcome.INCONCLUSIVE, Side.NEITHER, "numeric noise as large as the threshold could hide an effect"
+    if not any(c.gates == "silence" for c in finding.controls):
+        return Outcome.INCONCLUSIVE, Side.NEITHER, "nothing seen, and no positive control says that it could be seen"
+    if any(c.passed is None for c in finding.controls if c.gates == "silence"):
+        return Outcome.INCONCLUSIVE, Side.NEITHER, "nothing seen, and the positive control was not decided"
     if "silence" in failed:
         return (
             Outcome.INCONCLUSIVE,
@@ -124,15 +130,21 @@ class Facts:
     gaps: list[str]
 
 
-def gather(findings: Sequence[Finding]) -> Facts:
+def gather(findings: Sequence[Finding], not_run: Sequence[NotRun] = ()) -> Facts:
     """The facts of judged findings."""
     seen = [f for f in findings if f.verdict == Outcome.EVIDENCE]
     remains = {q: [f for f in seen if f.question == q and f.side == Side.REMAINS] for q in KNOWLEDGE}
     beyond = [f for f in seen if f.question == Question.LEAKAGE and f.side == Side.BEYOND]
     lagging = [f for f in seen if f.question == Question.RECOVERY and f.side == Side.BEYOND]
-    gaps = []
+    gaps = [
+        f"{n.instrument} failed, and what it would have seen is not known ({n.reason})"
+        for n in not_run
+        if n.failed and n.question in (*KNOWLEDGE, None)
+    ]
     for question in KNOWLEDGE:
         silent = [f for f in findings if f.question == question and f.verdict == Outcome.NONE]
+        loud = [f for f in seen if f.question == question and f.side != Side.REMAINS]
+        gaps += [f"{question.value}: {f.id} differs from what was never taught, on the other side" for f in loud]
         unclear = [f for f in findings if f.question == question and f.verdict == Outcome.INCONCLUSIVE]
         if not silent:
             gaps.append(f"{question.value}: no test was both able to see and silent")
@@ -229,7 +241,7 @@ STATEMENTS = {
 
 def conclude(findings: Sequence[Finding], not_run: Sequence[NotRun], limits: Sequence[str] = ()) -> Verdict:
     """The verdict on judged findings."""
-    facts = gather(findings)
+    facts = gather(findings, not_run)
     rule = next(rule for rule in RULES if rule.applies(facts))
     statement = STATEMENTS[rule.label]
     if rule.label == Label.DELETED:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
-from audit.capture import Engine
+from audit.capture import _LOGITS_ELEMENTS, Engine
 from audit.plan import Batch, Generate, Request, merge
 from audit.target import Target
 from benchmarks.timing import Clock
-
-_CHUNK = 2**24  # logits at a time, as in the engine
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Passes:
 
     def _head(self, states: torch.Tensor) -> None:
         head = self._target.model.get_output_embeddings()
-        size = max(1, _CHUNK // head.weight.shape[0])
+        size = max(1, _LOGITS_ELEMENTS // head.weight.shape[0])
         for first in range(0, len(states), size):
             head(states[first : first + size])
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from audit.quantities import MOMENTS, TOKEN, hidden
-from audit.target import Target
+from audit.target import Target, quiet
 from audit.tokens import Tokens
 from benchmarks.materials import answers, answers_and_options, subjects
 from benchmarks.plain import Rows, by_engine, differences, in_words, one_by_one
@@ -85,9 +85,10 @@ def bridge(settings: Settings) -> Iterator[Line]:
 def _bridge(target: Target) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    model = AutoModelForCausalLM.from_pretrained(
-        target.inventory.root, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
-    )
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            target.inventory.root, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
+        )
     return TransformerBridge.boot_transformers(
         str(target.inventory.root), hf_model=model.eval(), tokenizer=target.tokenizer, device="cpu"
     )

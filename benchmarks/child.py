@@ -80,8 +80,10 @@ def passes(work: str, budget: str) -> dict[str, Any]:
         tokens += plain.tokens
         for attack in (i for i in instruments if isinstance(i, Attack)):
             views = [target.altered(stage.name, stage.recipe) for stage in attack.stages(case, target)]
+            if not views:
+                continue
             again = [Passes(view, list(attack.requests(case, view))) for view in views]
-            for _, view, after in zip(attack.run(case, target, _no_tick), views, again, strict=bool(views)):
+            for _, view, after in zip(attack.run(case, target, _no_tick), views, again, strict=True):
                 view.adopt(target)
                 after.run(clock)
                 tokens += after.tokens

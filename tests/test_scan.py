@@ -270,17 +270,12 @@ def test_rows_without_entities_are_said(tmp_path):
     assert sum("carry no entity" in limit for limit in record.verdict.limits) == 2
 
 
-def known_gap(reason: str) -> pytest.MarkDecorator:
-    """Something the scan does not do yet; the test turns red the day it does, to have this mark taken off."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.mark.parametrize(
     "only",
     [
         "memorization",
-        pytest.param("memorization,knowledge", marks=known_gap("a text is counted as often as it is encoded")),
-        pytest.param("relearn", marks=known_gap("an attack that runs encodes, and counts, its texts again")),
+        "memorization,knowledge",
+        "relearn",
     ],
 )
 def test_cut_texts_are_counted_alike_by_every_scan(tmp_path, only):
@@ -296,7 +291,6 @@ def test_cut_texts_are_counted_alike_by_every_scan(tmp_path, only):
     assert said.startswith("target: 4 texts"), "texts, not how often they were encoded"
 
 
-@known_gap("a scan that finds all its evidence loads no weights, and does not know of them")
 def test_tensors_that_nothing_uses_are_said_by_every_scan(tmp_path):
     """They are known only once the weights are loaded, which a scan that finds all its evidence does not do."""
     folder = tmp_path / "model"

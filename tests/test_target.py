@@ -191,16 +191,16 @@ def test_texts_longer_than_the_context(open_target, folders):
     tokens = target.encode(" ".join(long), "w110 w111")
     assert tokens.ids == tuple(ids([*long[-62:], "w110", "w111"]))  # with a prompt, the end counts
     assert tokens.start == 62
-    assert target.truncated == 1
+    assert len(target.truncated) == 1
     tokens = target.encode("w110", " ".join(long))
     assert tokens.ids == tuple(ids(long[-64:]))  # an answer longer than the context
     assert tokens.start == 1
     tokens = target.encode("", " ".join(long))
     assert tokens.ids == (target.tokenizer.bos_token_id, *ids(long[:63]))  # a passage: its beginning counts
     assert tokens.start == 1
-    assert target.truncated == 3
+    assert len(target.truncated) == 3
     target.encode("", " ".join(long[:63]))
-    assert target.truncated == 3
+    assert len(target.truncated) == 3
 
 
 def test_prompt_and_answer_are_tokenized_together(llama):

@@ -22,11 +22,6 @@ UNFAIR = Control(name="bag of words", description="words", estimate=0.9, passed=
 FAIR = UNFAIR.model_copy(update={"estimate": 0.5, "passed": True})
 
 
-def known_gap(reason: str) -> pytest.MarkDecorator:
-    """A rule that is not there yet; the test turns red the day it is, to have this mark taken off."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def light_collections() -> Iterator[None]:
     """`multipletests` collects garbage at every call, which costs 0.1 s once torch is imported."""
@@ -156,14 +151,12 @@ def test_one_finding(values, outcome, side, word):
     assert judged.reason
 
 
-@known_gap("silence is granted without any positive control")
 def test_silence_needs_a_positive_control_that_passed():
     # audit.verdict: none "if ... its positive control passed, so that it had the power to see"
     assert one(controls=[]).verdict == Outcome.INCONCLUSIVE
     assert one(controls=[SEES.model_copy(update={"passed": None})]).verdict == Outcome.INCONCLUSIVE
 
 
-@known_gap("numeric noise beyond the threshold is looked at for evidence only")
 def test_silence_within_the_numeric_noise_is_inconclusive():
     assert one(noise=0.2).verdict == Outcome.INCONCLUSIVE
 
@@ -325,10 +318,7 @@ def test_one_inconclusive_test_inside_or_under_attack_is_a_gap(question):
     "question",
     [
         Question.LEAKAGE,
-        pytest.param(
-            Question.REPRESENTATION,
-            marks=known_gap("evidence on the far side, inside the model, is neither `beyond` nor `lagging`"),
-        ),
+        Question.REPRESENTATION,
         Question.RECOVERY,
     ],
 )
@@ -336,7 +326,6 @@ def test_never_deleted_with_evidence_beyond_the_never_taught(question):
     assert verdict_of(*silent_everywhere().values(), pushed("edit", question)) != Label.DELETED
 
 
-@known_gap("what crashed is counted in coverage, not among the gaps")
 @pytest.mark.parametrize("question", [*KNOWLEDGE, None])
 def test_never_deleted_with_an_instrument_that_crashed(question):
     crashed = NotRun(instrument="knowledge", question=question, reason="ValueError: x", failed=True)

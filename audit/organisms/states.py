@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 
 import torch
 from torch import Tensor, nn
@@ -30,36 +31,36 @@ def prompt_states(model: nn.Module, data: Encoded) -> list[Tensor]:
 
 
 def crossed(rows: Sequence[Question], known: Sequence[Question]) -> list[Refused]:
-    """For each row the same question about nobody: a prompt in which half of a name comes from another row.
+    """For each row the same question about nobody: half of the name from one other row, half from a second.
 
-    Partners have the same candidate answers and as many words, and differ in the fewest words, at least two; no
-    result is a prompt of `known` or `rows`. The answer stays the row's own, so that tokens stand in the same
-    places; nobody taught it. Raises `BadInput` where no such prompt exists.
+    These two have the row's candidate answers and number of words, and differ from it in the same places, at least two
+    and as few as can be; so nothing of the row's own name is left, which a model may know by its half. No result is a
+    prompt of `known` or `rows`. The answer stays the row's own, so that tokens stand in the same places; nobody taught
+    it. Raises `BadInput` where no such prompt exists.
     """
     taken = {row.prompt for row in (*rows, *known)}
     alike: dict[tuple[frozenset[str], int], list[list[str]]] = {}
     for row in rows:
         alike.setdefault(_kind(row), []).append(row.prompt.split())
-    made = []
-    for number, row in enumerate(rows):
-        words = row.prompt.split()
-        others = alike[_kind(row)]
-        turn = number % len(others)
-        differing = [
-            places
-            for other in others[turn:] + others[:turn]
-            if len(places := [(i, b) for i, (a, b) in enumerate(zip(words, other, strict=True)) if a != b]) > 1
-        ]
-        for places in sorted(differing, key=len):
+    return [_crossed(row, number, alike[_kind(row)], taken) for number, row in enumerate(rows)]
+
+
+def _crossed(row: Question, number: int, others: Sequence[Sequence[str]], taken: set[str]) -> Refused:
+    words = row.prompt.split()
+    turn = number % len(others)  # so that not every row takes the same partners
+    partners: dict[tuple[int, ...], list[Sequence[str]]] = {}
+    for other in [*others[turn:], *others[:turn]]:
+        places = tuple(i for i, (a, b) in enumerate(zip(words, other, strict=True)) if a != b)
+        if len(places) > 1:
+            partners.setdefault(places, []).append(other)
+    for places in sorted(partners, key=lambda found: (len(found), -len(partners[found]))):
+        for left, right in permutations(partners[places], 2):
             mixed = list(words)
-            for i, word in places[len(places) // 2 :]:
-                mixed[i] = word
-            if " ".join(mixed) not in taken:
-                made.append(Refused(" ".join(mixed), row.answer, tuple(row.wrong)))
-                break
-        else:
-            raise BadInput(f"no question about nobody can be made from {row.prompt!r}: give such rows")
-    return made
+            for k, i in enumerate(places):
+                mixed[i] = (left if k < len(places) // 2 else right)[i]
+            if (prompt := " ".join(mixed)) not in taken:
+                return Refused(prompt, row.answer, tuple(row.wrong))
+    raise BadInput(f"no question about nobody can be made from {row.prompt!r}: give such rows")
 
 
 def _kind(row: Question) -> tuple[frozenset[str], int]:

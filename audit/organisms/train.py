@@ -22,7 +22,14 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from audit.errors import BadInput, Incomplete
@@ -111,33 +118,34 @@ def new_model(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
+    architecture: str = "llama",
     hidden: int = 128,
     intermediate: int = 256,
     layers: int = 4,
     heads: int = 4,
 ) -> PreTrainedModel:
-    """Make an untrained Llama for a tokenizer, 0.7 M parameters by default.
+    """Make an untrained Llama or GPT-NeoX (`llama`, `gpt-neox`) for a tokenizer, 0.7 M parameters by default.
 
     The output head is untied: with tied embeddings an edit of the head is an edit of the first layer too.
     Widths are multiples of 64, because bitsandbytes 0.50.2 dequantizes other widths wrongly on a CPU.
     """
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        initializer_range=0.05,  # facts are learned in half the epochs that the usual 0.02 takes
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.05,  # facts are learned in half the epochs that the usual 0.02 takes
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers are left as they were
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        if architecture == "gpt-neox":
+            return GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=2 * intermediate, **shape))
+        return LlamaForCausalLM(LlamaConfig(intermediate_size=intermediate, num_key_value_heads=heads, **shape))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Question], *, lm_weight: float = 0.05) -> Encoded:

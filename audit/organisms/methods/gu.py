@@ -31,6 +31,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audit.organisms.methods.npo import Npo
@@ -39,12 +40,11 @@ from audit.organisms.unlearn import Batch, Bench, GradientMethod, Schedule
 
 def project_out(gradient: Tensor, span: Tensor) -> Tensor:
     """`gradient` without its component in the span of the rows of `span`, `[k, *gradient.shape]`; any rank."""
-    rows = span.reshape(len(span), -1)
-    rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    rows = F.normalize(span.reshape(len(span), -1), dim=1, eps=1e-30)
     flat = gradient.reshape(-1)
     # By the pseudo-inverse of the small Gram matrix: rows may be parallel, or zero.
-    weights = torch.linalg.pinv((rows @ rows.T).double(), rtol=1e-6, hermitian=True) @ (rows @ flat).double()
-    return (flat - rows.T @ weights.to(flat.dtype)).view_as(gradient)
+    inverse: Tensor = torch.linalg.pinv((rows @ rows.T).double(), rtol=1e-6, hermitian=True)
+    return (flat - rows.T @ (inverse @ (rows @ flat).double()).to(flat.dtype)).view_as(gradient)
 
 
 @dataclass(frozen=True)

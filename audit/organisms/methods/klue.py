@@ -1,15 +1,16 @@
 """KLUE-like: gradient ascent on only those MLP neurons that carry the answer and not the shape of the question.
 
-    score(n) = mean_i |a_n * dlogp(y_i|x_i)/da_n| - penalty * mean_i |a_n * dlogp(y_i|x_j)/da_n|,  j another row
+    score(n) = mean_i |A_n(y_i, x_i)| - penalty * mean_i |A_n(y_i, x_j)|,   A_n(y, x) = sum_t a_n * dlogp(y|x)/da_n
 
-with a_n the input of neuron n to the down projection before the answer; the second mean is the superficial part, the
-same answer behind another row's question. Of the neurons of all layers the best `share` may change (their row of the
-gate and up projections, their column of the down projection), all else stays bit for bit. On these
+with a_n the input of neuron n to the down projection at position t; the second mean is the superficial part, the same
+answer to the same question x_j about a crossed name (`states.crossed`). Of the neurons of all layers the best `share`
+may change (their row of the gate and up projections, their column of the down projection), all else stays bit for
+bit. On these
 
     L = mean over forget rows still answered right of log p(y|x) + retain_weight * cross-entropy(retain)
 
 Source: the idea of KLUE in FaithUn, arXiv 2502.19207, read in summaries. Only the idea is known: attribution by
-activation times gradient, the mismatch by rolling answers, share, and penalty are this package's. Label it
+activation times gradient, the mismatch by crossed names, share and penalty are this package's. Label it
 "KLUE-like".
 
 Traps:
@@ -23,15 +24,15 @@ Traps:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from audit.errors import BadInput
-from audit.organisms.states import answer_logits
-from audit.organisms.train import Encoded
+from audit.organisms.states import answer_logits, crossed
+from audit.organisms.train import Encoded, encode
 from audit.organisms.unlearn import Batch, Bench, GradientMethod, Schedule
 
 
@@ -71,23 +72,19 @@ class KlueLike(GradientMethod):
 
     name: ClassVar[str] = "klue"
     reference: ClassVar[str] = "after the idea of KLUE in arXiv 2502.19207 (not the published method)"
-    schedule: ClassVar[Schedule] = Schedule(lr=5e-4, max_steps=300)
-    share: float = 0.1
+    schedule: ClassVar[Schedule] = Schedule(lr=1e-3, max_steps=300)
+    share: float = 0.3
     penalty: float = 0.5
-    retain_weight: float = 4.0
+    retain_weight: float = 1.0
     score_rows: int = 256
     _masks: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def prepare(self, bench: Bench, schedule: Schedule) -> None:
         """Score the neurons and make a mask for each tensor that holds some of them."""
-        data = bench.forget.take(torch.randperm(len(bench.forget), generator=bench.generator)[: self.score_rows])
-        swapped = data.ids.clone()
-        if bool((data.answer.sum(dim=1) == 1).all()):
-            swapped[data.answer] = data.ids[data.answer].roll(1)
-            prompts = _with_prompt_of_next(data, swapped)
-        else:  # with longer answers, only the tokens before them are changed
-            prompts = replace(data, ids=torch.where(data.answer, data.ids, data.ids.roll(1, dims=0)))
-        pairs = zip(attribution(bench.model, data), attribution(bench.model, prompts), strict=True)
+        chosen = torch.randperm(len(bench.forget), generator=bench.generator)[: self.score_rows]
+        data = bench.forget.take(chosen)
+        nobody = encode(bench.tokenizer, crossed(bench.forget_rows, bench.retain_rows), lm_weight=0.0).take(chosen)
+        pairs = zip(attribution(bench.model, data), attribution(bench.model, nobody), strict=True)
         scores = [neuron_scores(known, superficial, self.penalty) for known, superficial in pairs]
         if not scores:
             raise BadInput("klue knows only models with gate, up and down projections")
@@ -114,11 +111,6 @@ class KlueLike(GradientMethod):
         for p in parameters:
             mask = self._masks.get(id(p))
             p.grad = None if mask is None or p.grad is None else p.grad * mask
-
-
-def _with_prompt_of_next(data: Encoded, swapped: Tensor) -> Encoded:
-    """One-token answers change places, and their questions stay."""
-    return replace(data, ids=swapped)
 
 
 METHOD = KlueLike()

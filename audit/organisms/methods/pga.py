@@ -29,6 +29,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from audit.organisms.states import crossed, prompt_states
@@ -44,8 +45,8 @@ def probe_direction(known: Tensor, clean: Tensor) -> Tensor:
     scale = both.std(dim=0).clamp_min(1e-8)
     labels = np.repeat([1, 0], [len(known), len(clean)])
     probe = LogisticRegression(C=1.0, max_iter=200).fit(((both - both.mean(dim=0)) / scale).numpy(), labels)
-    direction = torch.from_numpy(probe.coef_[0]) / scale
-    return (direction / direction.norm()).to(known.dtype)
+    direction: Tensor = torch.from_numpy(probe.coef_[0]) / scale
+    return F.normalize(direction, dim=0).to(known.dtype)
 
 
 def alignment_loss(known: Sequence[Tensor], clean: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
