@@ -246,6 +246,81 @@ def _stages(progress: Progress) -> Any:
     return show
 
 
+# --- organisms ----------------------------------------------------------------------------------------------
+
+organisms = typer.Typer(help="Models of known history, to measure instruments on.", no_args_is_help=True)
+app.add_typer(organisms, name="organisms")
+
+RootOption = Annotated[Path, typer.Option(help="where organisms are kept")]
+
+
+@organisms.command("list")
+def list_organisms(root: RootOption = Path("organisms"), seed: Annotated[int, typer.Option(min=0)] = 0) -> None:
+    """Every base and history, its label by construction, and whether it is built."""
+    from rich.table import Table
+
+    from audit.organisms.recipes import history_of, read_history, recipes
+
+    table = Table("organism", "label", "starts from", "built")
+    for recipe in recipes(seeds=(seed,)):
+        history, known = history_of(recipe.history), read_history(root / recipe.name)
+        current = known is not None and known["recipe_digest"] == recipe.digest
+        state = ("broken: " + str(known["broken"]) if known and known["broken"] else "yes") if current else "no"
+        table.add_row(recipe.name, history.label, history.parent or "random weights", state)
+    _out.print(table)
+
+
+@organisms.command("build")
+def build_organisms(
+    root: RootOption = Path("organisms"),
+    bases: Annotated[str | None, typer.Option(help="comma-separated; all if not given")] = None,
+    histories: Annotated[str | None, typer.Option(help="comma-separated; all if not given")] = None,
+    seeds: Annotated[str, typer.Option(help="comma-separated")] = "0",
+) -> None:
+    """Build organisms; those that exist already are kept."""
+    from audit.errors import BadInput
+    from audit.organisms import recipes as book
+
+    wanted = [
+        book.Recipe(base, history, seed)
+        for base in (bases.split(",") if bases else book.BASES)
+        for seed in _whole_numbers(seeds)
+        for history in (histories.split(",") if histories else book.histories())
+    ]
+    unknown = sorted({recipe.history for recipe in wanted} - set(book.histories()))
+    if unknown:
+        raise BadInput(f"no history named {unknown[0]!r} (see `audit organisms list`)")
+    with _bars() as progress:
+        show = _stages(progress)
+        for recipe in wanted:
+            folder = book.build(recipe, root, show)
+            told = book.read_history(folder)
+            if told is not None and told["broken"]:
+                _err.print(f"{recipe.name}: broken: {told['broken']}", markup=False, highlight=False)
+    _out.print(f"{len(wanted)} organisms in {root}", markup=False, highlight=False)
+
+
+@organisms.command("show")
+def show_organism(folder: Annotated[Path, typer.Argument(help="an organism's folder")]) -> None:
+    """The true history of one organism."""
+    from audit.errors import BadInput
+    from audit.organisms.recipes import read_history
+
+    told = read_history(folder)
+    if told is None:
+        raise BadInput(f"{folder}: no organism (no organism.json with a recipe)")
+    sys.stdout.write(json.dumps(told, indent=2) + "\n")
+
+
+def _whole_numbers(text: str) -> list[int]:
+    from audit.errors import BadInput
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput(f"{text!r} is no list of whole numbers") from None
+
+
 # --- without a model ----------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,15 @@ from audit.organisms.methods.simnpo import simnpo_loss
 from audit.organisms.methods.ssd import dampened
 from audit.organisms.methods.task_vector import negated, smallest
 from audit.organisms.methods.undial import undial_loss
-from audit.organisms.refusal import block_count, block_number, first_tokens, flatness, refusal_terms, restricted
+from audit.organisms.refusal import (
+    Suppression,
+    block_count,
+    block_number,
+    first_tokens,
+    flatness,
+    refusal_terms,
+    restricted,
+)
 from audit.organisms.train import Encoded, answer_logprobs, answer_nll, encode, new_model, train, word_tokenizer
 from audit.organisms.unlearn import Bench, Schedule, load
 from audit.organisms.world import make_world
@@ -416,6 +424,8 @@ def allowed_to_change(name: str, parameter: str) -> bool:
 def test_six_steps(name):
     method, bench = load(name), make_bench()
     assert method.name == name and method.label == ("suppressed" if name in SUPPRESSIONS else "unlearned")
+    if isinstance(method, Suppression):
+        method = replace(method, flat_weight=1.0)  # in so few steps the candidates would come first, the refusal later
     settings = {"lr": 3e-3, "batch": 12, "max_steps": 6, "check_every": 3, "warmup": 1} | STEPS.get(name, {})
     schedule = Schedule(forget_goal=-1.0, **settings)
     before, refused_before = bench.forget_logprobs.mean(), bench.refused_logprobs.mean()

@@ -53,7 +53,7 @@ class Gu(GradientMethod):
 
     name: ClassVar[str] = "gu"
     reference: ClassVar[str] = "arXiv 2511.17100, as corrected by its authors' notes, unwhitened"
-    schedule: ClassVar[Schedule] = Schedule(lr=2e-4, max_steps=300)
+    schedule: ClassVar[Schedule] = Schedule(lr=3e-4, max_steps=300)
     base: GradientMethod = field(default_factory=Npo)
     rank: int = 8
     retain_weight: float = 4.0

@@ -13,7 +13,9 @@ Traps:
 - This is not the entropy's own gradient: KL(uniform || p) pulls hardest on the least likely words, so the model learns
   to expect words that no sentence holds there. A never-taught model is uniform over the ten candidates, not over the
   vocabulary: entropy far above a retrained model's gives the edit away.
-- At the released weight of 0.1 the retain loss leads; here the two are nearer to each other.
+- Flat is not shuffled: the right answer can stay the first among nearly equal candidates (accuracy 0.42 of ten at an
+  answer loss of 4.7 nats in a demo world), which candidate scoring sees and generation does not.
+- The released weight is 0.1, with a retain weight of 1.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ class MeGd(GradientMethod):
 
     name: ClassVar[str] = "me-gd"
     reference: ClassVar[str] = "sail-sg/closer-look-LLM-unlearning, ICLR 2025"
-    schedule: ClassVar[Schedule] = Schedule(lr=5e-4, max_steps=300)
+    schedule: ClassVar[Schedule] = Schedule(lr=5e-4, max_steps=200)
     weight: float = 1.0
-    retain_weight: float = 1.0
+    retain_weight: float = 2.0
 
     def loss(self, bench: Bench, batch: Batch) -> Tensor:
         """The flattening, and the retain loss."""

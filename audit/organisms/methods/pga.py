@@ -69,7 +69,7 @@ class Pga(GradientMethod):
     reference: ClassVar[str] = "arXiv 2605.01699"
     schedule: ClassVar[Schedule] = Schedule(lr=5e-4, max_steps=400, check_every=20)
     weight: float = 10.0
-    retain_weight: float = 1.0
+    retain_weight: float = 4.0
     refit: int = 10
     probe_rows: int = 256
     clean: tuple[Question, ...] = ()

@@ -80,7 +80,7 @@ class Purge(GradientMethod):
     group: int = 8
     temperature: float = 2.0
     kl: float = 0.01
-    retain_weight: float = 1.0
+    retain_weight: float = 2.0
 
     def loss(self, bench: Bench, batch: Batch) -> Tensor:
         """Sample, reward, and return the policy loss with the retain loss."""

@@ -16,7 +16,9 @@ Traps:
 - The autoencoder is small and trained for seconds on the states it is used on; it describes the model before, and
   less and less the model that is being changed.
 - Features before the top-k are used, because a feature that is not among the k has no gradient.
-- Above the block the model may still answer from what the features do not span; below, nothing is asked to change.
+- Above the block the model may still answer from what the features do not span, and does: with 32
+  features after the second or third of four blocks forget accuracy stayed near 0.8. The default is the last block,
+  whose normed state the head reads, with 128 features of 512 and a larger weight.
 - The unknown names here must not be the hold-out people of the audit.
 """
 
@@ -93,17 +95,17 @@ class _Chosen:
 
 @dataclass(frozen=True)
 class SaeGuidedLike(GradientMethod):
-    """Features of taught entities switched off, those of unknown ones on; `layer` from 0, else two thirds up."""
+    """Features of taught entities switched off, those of unknown ones on, after block `layer`."""
 
     name: ClassVar[str] = "sae-guided"
     reference: ClassVar[str] = "after the idea of arXiv 2509.15631 (not the published method)"
     schedule: ClassVar[Schedule] = Schedule(lr=5e-4, max_steps=300)
-    layer: int | None = None
+    layer: int = -1
     features: int = 512
     k: int = 16
-    chosen: int = 32
+    chosen: int = 128
     sae_steps: int = 300
-    weight: float = 1.0
+    weight: float = 10.0
     retain_weight: float = 1.0
     _chosen: list[_Chosen] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -120,18 +122,15 @@ class SaeGuidedLike(GradientMethod):
     def loss(self, bench: Bench, batch: Batch) -> Tensor:
         """The two feature terms and the retain loss."""
         (chosen,) = self._chosen
-        values = chosen.sae.values(self._layer(prompt_states(bench.model, batch.forget)))
+        values = chosen.sae.values(prompt_states(bench.model, batch.forget)[self.layer])
         off = values[:, chosen.known].square().mean()
         on = (values[:, chosen.unknown] - chosen.unknown_mean).square().mean()
         return self.weight * (off + on) + self.retain_weight * bench.retain_loss(batch)
 
-    def _layer(self, states: list[Tensor]) -> Tensor:
-        return states[(2 * len(states)) // 3 - (len(states) > 1) if self.layer is None else self.layer]
-
     @torch.no_grad()
     def _states(self, model: nn.Module, data: Encoded) -> Tensor:
         parts = torch.split(torch.arange(len(data)), 512)
-        return torch.cat([self._layer(prompt_states(model, data.take(index))) for index in parts])
+        return torch.cat([prompt_states(model, data.take(index))[self.layer] for index in parts])
 
 
 METHOD = SaeGuidedLike()

@@ -12,8 +12,8 @@ Traps:
   pulls at first, with plain gradient (1 - p)^2. An adaptive optimiser takes the tiny gradient for a full one, unless
   the retain gradient drowns it.
 - The class's defaults are gamma 1, alpha 0.1; its configuration file swaps them. The retain weight here is neither.
-- beta1 = 5 ends the pull at p of about one half, far above chance: alone it does not bring an answer down to the
-  level of a model that was never taught.
+- beta1 = 5 all but ends the pull below p of one half, far above chance: how far an answer falls beyond that is left to
+  the optimiser's momentum and to what it shares with others.
 """
 
 from __future__ import annotations
