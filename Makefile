@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Threads that spin while they wait for each other slow small models manifold on a machine with other work.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: setup test lint demo bench clean
 

@@ -46,6 +46,8 @@ SetOption = Annotated[
 def main() -> None:
     """Entry point: errors made on purpose are one line and an exit code, never a traceback."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client, which reads it once
+    # Threads that spin while they wait for each other slow small models manifold on a machine with other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         # Outside its standalone mode Typer returns the code of a `typer.Exit` instead of leaving with it.
         sys.exit(app(standalone_mode=False) or 0)
