@@ -61,6 +61,8 @@ class Target:
         self.truncated: set[tuple[int, ...]] = set()
         self._unused: tuple[str, ...] | None = None
         self._model: Any = None
+        # Instruments ask for the same texts again, and an attack at every stage: views share this.
+        self._encoded: dict[tuple[str, str], Tokens] = {}
         with quiet():
             self.tokenizer = self._load(AutoTokenizer)
         if template == "chat" and not self.tokenizer.chat_template:
@@ -106,6 +108,12 @@ class Target:
         Tokenizing them apart would differ from what the model saw in training wherever a merge crosses the
         boundary. A text longer than the context loses its beginning (with a prompt) or its end (without).
         """
+        known = self._encoded.get((prompt, answer))
+        if known is None:
+            known = self._encoded[prompt, answer] = self._encode_answer(prompt, answer)
+        return known
+
+    def _encode_answer(self, prompt: str, answer: str) -> Tokens:
         before, separator, special = self.context(prompt)
         text = before + separator + answer
         encoded, ids = self._encode(text, special, return_offsets_mapping=self.tokenizer.is_fast)

@@ -125,10 +125,21 @@ def memory(work: str, folder: str, out: str, rows: int, skip: list[str]) -> dict
     shutil.rmtree(out)
     return {
         "peak": _peak(),
-        "weights": 4 * (take_inventory(Path(folder)).parameters or 0),
+        "weights": 4 * take_inventory(Path(folder)).parameters,
         "seconds": seconds,
-        "not_run": [f"{entry.instrument} did not run: {entry.reason}" for entry in record.not_run if entry.failed],
+        "not_run": {entry.instrument: entry.reason for entry in record.not_run},
     }
+
+
+def opened(folder: str) -> dict[str, Any]:
+    """Peak memory of a process that has imported what a scan imports, opened a model and passed two tokens."""
+    from audit.capture import Engine
+    from audit.tokens import Tokens
+    from benchmarks.materials import open_target
+
+    libraries()
+    Engine(open_target(Path(folder))).plain(Tokens((1, 1), 1))
+    return {"peak": _peak()}
 
 
 def libraries() -> dict[str, Any]:
@@ -155,6 +166,7 @@ if __name__ == "__main__":
         "passes": passes,
         "memory": memory,
         "libraries": libraries,
+        "opened": opened,
     }
     action = actions[sys.argv[1]]
     print(json.dumps(action(**json.loads(sys.argv[2]))))
