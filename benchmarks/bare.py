@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
-from audit.capture import _LOGITS_ELEMENTS, Engine
+from audit.capture import Engine
 from audit.plan import Batch, Generate, Request, merge
 from audit.target import Target
 from benchmarks.timing import Clock
@@ -67,9 +67,9 @@ class Passes:
 
     def _head(self, states: torch.Tensor) -> None:
         head = self._target.model.get_output_embeddings()
-        size = max(1, _LOGITS_ELEMENTS // head.weight.shape[0])
-        for first in range(0, len(states), size):
-            head(states[first : first + size])
+        chunk = self._engine._chunk
+        for first in range(0, len(states), chunk):
+            head(states[first : first + chunk])
 
 
 def _tensors(batch: Batch) -> _Inputs:
