@@ -10,19 +10,19 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from audit.bench.commands import bench, calibrate, organisms
 from audit.errors import AuditError, Incomplete
+from audit.terminal import bars, stages
+from audit.terminal import err as _err
+from audit.terminal import out as _out
 
 if TYPE_CHECKING:
     from audit.case import Case
-    from audit.progress import Progress, Tick
     from audit.record import Record
 
 app = typer.Typer(
@@ -33,8 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_out = Console()
-_err = Console(stderr=True)
+app.add_typer(organisms, name="organisms")
+app.command()(bench)
+app.command()(calibrate)
 
 OptionalPath = Path | None
 SetOption = Annotated[
@@ -98,6 +99,8 @@ def scan(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
     fail_on: Annotated[str, typer.Option(help="exit 1 at: evidence, inconclusive (or evidence), never")] = "evidence",
     as_json: Annotated[bool, typer.Option("--json", help="print the record")] = False,
+    spike: Annotated[bool, typer.Option("--spike", help="also look for facts planted in copies of this model")] = False,
+    profile: Annotated[OptionalPath, typer.Option(help="reference profile to judge by, see `audit calibrate`")] = None,
 ) -> None:
     """Audit a model folder: verdict, record.json and report.html."""
     sets = {"forget": forget, "retain": retain, "holdout": holdout, "neighbor": neighbor, "utility": utility}
@@ -112,7 +115,8 @@ def scan(
         "device": device,
         "dtype": dtype,
     }
-    _audit(_build_case(case, models, sets, columns, options), out, fail_on=fail_on, as_json=as_json)
+    built = _build_case(case, models, sets, columns, options)
+    _audit(built, out, fail_on=fail_on, as_json=as_json, spike=spike, profile=profile)
 
 
 @app.command()
@@ -164,7 +168,9 @@ def _build_case(
     return Case.build(known, specs, Options.parse(raw, str(path) if path else "command line"), name)
 
 
-def _audit(case: Case, out: Path, *, fail_on: str, as_json: bool) -> None:
+def _audit(
+    case: Case, out: Path, *, fail_on: str, as_json: bool, spike: bool = False, profile: Path | None = None
+) -> None:
     """Scan, report, print, and leave with the exit code the result asks for."""
     from audit.errors import BadInput
     from audit.record import Outcome
@@ -176,7 +182,7 @@ def _audit(case: Case, out: Path, *, fail_on: str, as_json: bool) -> None:
     }
     if fail_on not in alarms:
         raise BadInput(f"--fail-on {fail_on!r} is none of {', '.join(alarms)}")
-    record = _scan_and_report(case, out, show=not as_json)
+    record = _scan_and_report(case, out, show=not as_json, spike=spike, profile=profile)
     if as_json:
         sys.stdout.write(record.to_json())
     failed = [n for n in record.not_run if n.failed]
@@ -188,13 +194,20 @@ def _audit(case: Case, out: Path, *, fail_on: str, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _scan_and_report(case: Case, out: Path, *, show: bool) -> Record:
+def _scan_and_report(case: Case, out: Path, *, show: bool, spike: bool, profile: Path | None) -> Record:
+    from audit.profile import read_profile
     from audit.scan import scan as run_scan
     from reports.html import write_report
     from reports.text import summary
 
-    with _bars() as progress:
-        record = run_scan(case, out, progress=progress, command=shlex.join(["audit", *sys.argv[1:]]))
+    profiles = None if profile is None else [read_profile(profile)]
+    command = shlex.join(["audit", *sys.argv[1:]])
+    with bars() as progress:
+        record = run_scan(case, out, progress=progress, command=command, profiles=profiles)
+        if spike:
+            from audit.spike import spike_in
+
+            record = spike_in(record, case, out, progress=progress, profiles=profiles)
         with progress.step("report", 1) as tick:
             page = write_report(record, out)
             tick(1)
@@ -220,8 +233,8 @@ def demo(
     from audit.loaders import SetSpec
     from audit.organisms.demo import build_demo
 
-    with _bars() as progress:
-        built = build_demo(out, seed=seed, base=base, progress=_stages(progress))
+    with bars() as progress:
+        built = build_demo(out, seed=seed, base=base, progress=stages(progress))
     specs = {name: SetSpec(path) for name, path in built.sets.items()}
     models = {"target": built.models["unlearned"]} | {r: built.models[r] for r in ("original", "retrained")}
     options = Options.parse({"seed": seed, "budget": budget, "template": "plain"}, "demo")
@@ -231,96 +244,6 @@ def demo(
         fail_on=fail_on,
         as_json=False,
     )
-
-
-def _stages(progress: Progress) -> Any:
-    """`build_demo` reports (stage, done, total); show each stage as a step of its own."""
-    open_step: dict[str, Any] = {}
-
-    def show(stage: str, done: int, total: int) -> None:
-        if stage not in open_step:
-            open_step[stage] = (context := progress.step(stage, total)), context.__enter__()
-        context, tick = open_step[stage]
-        tick(done)
-        if done >= total:
-            context.__exit__(None, None, None)
-
-    return show
-
-
-# --- organisms ----------------------------------------------------------------------------------------------
-
-organisms = typer.Typer(help="Models of known history, to measure instruments on.", no_args_is_help=True)
-app.add_typer(organisms, name="organisms")
-
-RootOption = Annotated[Path, typer.Option(help="where organisms are kept")]
-
-
-@organisms.command("list")
-def list_organisms(root: RootOption = Path("organisms"), seed: Annotated[int, typer.Option(min=0)] = 0) -> None:
-    """Every base and history, its label by construction, and whether it is built."""
-    from rich.table import Table
-
-    from audit.organisms.recipes import history_of, read_history, recipes
-
-    table = Table("organism", "label", "starts from", "built")
-    for recipe in recipes(seeds=(seed,)):
-        history, known = history_of(recipe.history), read_history(root / recipe.name)
-        current = known is not None and known["recipe_digest"] == recipe.digest
-        state = ("broken: " + str(known["broken"]) if known and known["broken"] else "yes") if current else "no"
-        table.add_row(recipe.name, history.label, history.parent or "random weights", state)
-    _out.print(table)
-
-
-@organisms.command("build")
-def build_organisms(
-    root: RootOption = Path("organisms"),
-    bases: Annotated[str | None, typer.Option(help="comma-separated; all if not given")] = None,
-    histories: Annotated[str | None, typer.Option(help="comma-separated; all if not given")] = None,
-    seeds: Annotated[str, typer.Option(help="comma-separated")] = "0",
-) -> None:
-    """Build organisms; those that exist already are kept."""
-    from audit.errors import BadInput
-    from audit.organisms import recipes as book
-
-    wanted = [
-        book.Recipe(base, history, seed)
-        for base in (bases.split(",") if bases else book.BASES)
-        for seed in _whole_numbers(seeds)
-        for history in (histories.split(",") if histories else book.histories())
-    ]
-    unknown = sorted({recipe.history for recipe in wanted} - set(book.histories()))
-    if unknown:
-        raise BadInput(f"no history named {unknown[0]!r} (see `audit organisms list`)")
-    with _bars() as progress:
-        show = _stages(progress)
-        for recipe in wanted:
-            folder = book.build(recipe, root, show)
-            told = book.read_history(folder)
-            if told is not None and told["broken"]:
-                _err.print(f"{recipe.name}: broken: {told['broken']}", markup=False, highlight=False)
-    _out.print(f"{len(wanted)} organisms in {root}", markup=False, highlight=False)
-
-
-@organisms.command("show")
-def show_organism(folder: Annotated[Path, typer.Argument(help="an organism's folder")]) -> None:
-    """The true history of one organism."""
-    from audit.errors import BadInput
-    from audit.organisms.recipes import read_history
-
-    told = read_history(folder)
-    if told is None:
-        raise BadInput(f"{folder}: no organism (no organism.json with a recipe)")
-    sys.stdout.write(json.dumps(told, indent=2) + "\n")
-
-
-def _whole_numbers(text: str) -> list[int]:
-    from audit.errors import BadInput
-
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise BadInput(f"{text!r} is no list of whole numbers") from None
 
 
 # --- without a model ----------------------------------------------------------------------------------------
@@ -448,45 +371,6 @@ template = "auto"                           # auto | chat | qa | plain, or text 
 # only = ["knowledge", "relearn"]
 # skip = ["remind"]
 """
-
-
-# --- progress -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _bars() -> Iterator[Progress]:
-    """Progress bars on standard error; plain lines, one a step, where that is no terminal."""
-    from rich.progress import (
-        BarColumn,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bars
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-
-    class Drawn:
-        def __init__(self, bars: Bars) -> None:
-            self._bars = bars
-
-        @contextmanager
-        def step(self, label: str, total: int) -> Iterator[Tick]:
-            task = self._bars.add_task(label, total=total)
-            if not _err.is_terminal:
-                _err.print(f"{label} …", markup=False, highlight=False)
-            yield lambda done: self._bars.update(task, completed=done)
-            self._bars.update(task, completed=total)
-
-    with Bars(*columns, console=_err, disable=not _err.is_terminal) as bars:
-        yield Drawn(bars)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -126,9 +127,7 @@ class Engine:
         works = batch.works
         inputs = [row.ids[batch.prefix :] for row in batch.inputs]
         width = max(map(len, inputs))
-        padded = torch.zeros(len(inputs), width, dtype=torch.long)
-        for row, ids in enumerate(inputs):
-            padded[row, : len(ids)] = torch.tensor(ids)
+        padded = torch.tensor([ids + (0,) * (width - len(ids)) for ids in inputs], device=device)
         cache = None
         if batch.prefix:
             prefixes = torch.tensor([group[0].ids[: batch.prefix] for group in batch.groups], device=device)
@@ -138,16 +137,20 @@ class Engine:
                 torch.tensor(members, device=device),
             )
         positions = [
-            torch.arange(work.tokens.start - 1 - batch.prefix, len(inputs[row])) + row * width
+            range(row * width + work.tokens.start - 1 - batch.prefix, row * width + len(inputs[row]))
             for row, source in enumerate(batch.inputs)
             for work in source.works
         ]
-        flat = torch.cat(positions).to(device)
-        sites = sorted({site for work in works for q in work.quantities for site in q.sites})
+        # Works that want the same go side by side, whatever they lie between: head and quantities then run on many.
+        kinds = {wanted: kind for kind, wanted in enumerate(dict.fromkeys(work.quantities for work in works))}
+        order = sorted(range(len(works)), key=[kinds[work.quantities] for work in works].__getitem__)
+        flat = torch.tensor(list(chain.from_iterable(positions[i] for i in order)), device=device)
+        sites = sorted({site for wanted in kinds for quantity in wanted for site in quantity.sites})
         with _Recording(self.target, sites, flat) as states:
-            output = self._body(input_ids=padded.to(device), past_key_values=cache, use_cache=cache is not None)
+            output = self._body(input_ids=padded, past_key_values=cache, use_cache=cache is not None)
         final = output[0].flatten(0, 1)[flat]
-        return self._reduce(works, final, states)
+        rows = dict(zip(order, self._reduce([works[i] for i in order], final, states), strict=True))
+        return [rows[i] for i in range(len(works))]
 
     def _reduce(self, works: Sequence[Work], final: torch.Tensor, states: dict[str, torch.Tensor]) -> list[Row]:
         """Apply head and quantities to runs of works that want the same, `_chunk` positions at a time."""
@@ -198,25 +201,9 @@ class Engine:
 
     def generate(self, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> list[tuple[int, ...]]:
         """Greedy continuations of a batch of prompts, each at most `new_tokens` long."""
-        pad, model = self.target.padding_id, self.target.model
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=self.target.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.target.device)
-        with torch.inference_mode():
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
-                pad_token_id=pad,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-            )
-        self.forward_tokens += int(mask.sum()) + len(prompts) * (out.shape[1] - width)
-        return [tuple(row) for row in out[:, width:].tolist()]
+        written = self.target.generate(prompts, new_tokens)
+        self.forward_tokens += sum(map(len, prompts)) + sum(map(len, written))
+        return written
 
 
 def _head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -59,6 +59,10 @@ class Statistic:
         bounds: least and greatest value of a row.
         threshold: the smallest difference that counts as an effect.
         reference: the paper.
+        decides: can evidence above, and below, the null decide a verdict alone? Not where an edit of the output does
+            the same to a model that knows nothing. How likely a text is decides nothing; right answers that are given
+            decide that they are known; right answers passed over for wrong ones, more often than guessing would, that
+            they are avoided.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Statistic:
     bounds: tuple[float, float] | None
     threshold: float
     reference: str
+    decides: tuple[bool, bool] = (True, False)
 
 
 def against_never_taught(
@@ -125,6 +130,7 @@ def against_never_taught(
         layer=layer,
         estimate=estimate.value,
         ci95=(estimate.lo, estimate.hi),
+        level=float(np.max(np.mean(tested("target", "forget"), axis=0))),
         bound=bound,
         n=estimate.n,
         unit="AUC" if by_rank else statistic.unit,
@@ -134,6 +140,7 @@ def against_never_taught(
         p_value=estimate.p_value,
         smallest_p=estimate.smallest_p,
         threshold=statistic.threshold,
+        decides=statistic.decides,
         noise=max(evidence.noise.values(), default=0.0),
         controls=controls + (extra or []),
         reference=statistic.reference,

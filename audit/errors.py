@@ -27,6 +27,12 @@ class Refused(AuditError):
     exit_code = 3
 
 
+class NoAccess(AuditError):
+    """More was asked of a model than its access allows, such as log-probabilities of one that only answers: exit 2."""
+
+    exit_code = 2
+
+
 class Incomplete(AuditError):
     """A scan that ended without all that it set out to measure: exit 4."""
 

@@ -53,7 +53,7 @@ class Store:
         self.folder = root / digest[:16]
         self.damaged: list[str] = []
         self._places: dict[tuple[str, str], Place] = {}
-        self._cache: OrderedDict[Path, Arrays] = OrderedDict()
+        self._cache: OrderedDict[Path, dict[str, Arrays]] = OrderedDict()  # arrays by quantity and key
         self._context = dict(context)
         for path in sorted(self.folder.glob("*.safetensors")):
             self._index(path, path.read_bytes())
@@ -103,15 +103,15 @@ class Store:
     def _read(self, place: Place, quantity: str, skip: int) -> Arrays:
         block = self._cache.get(place.block)
         if block is None:
-            block = self._cache[place.block] = load(place.block.read_bytes())
+            block = self._cache[place.block] = {}
+            for name, array in load(place.block.read_bytes()).items():
+                of, _, key = name.rpartition("/")
+                block.setdefault(of, {})[key] = array
             if len(self._cache) > _BLOCKS_IN_MEMORY:
                 self._cache.popitem(last=False)
         else:
             self._cache.move_to_end(place.block)
-        arrays = {name.rpartition("/")[::2]: array for name, array in block.items()}
-        return {
-            key: array[place.first + skip : place.last] for (name, key), array in arrays.items() if name == quantity
-        }
+        return {key: array[place.first + skip : place.last] for key, array in block[quantity].items()}
 
     def _write(self, quantities: dict[str, tuple[list[tuple[str, int, int]], Arrays]]) -> None:
         arrays = {
@@ -124,7 +124,7 @@ class Store:
         data = save(arrays, {"block": json.dumps({"context": self._context, "rows": index}, sort_keys=True)})
         path = self.folder / f"{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
         write_atomically(path, data, sync=False)
-        self._index(path, data)
+        self._place(path, index)
 
     def _index(self, path: Path, data: bytes) -> None:
         if hashlib.sha256(data).hexdigest()[:32] != path.stem:
@@ -137,7 +137,11 @@ class Store:
             self.damaged.append(path.name)
             path.rename(path.with_suffix(".damaged"))
             return
-        for quantity, rows in block["rows"].items():
+        self._place(path, block["rows"])
+
+    def _place(self, path: Path, index: Mapping[str, Iterable[tuple[str, int, int]]]) -> None:
+        """Note where the rows of a block lie."""
+        for quantity, rows in index.items():
             first = 0
             for key, start, length in rows:
                 known = self._places.get((key, quantity))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib.metadata import EntryPoint, entry_points
@@ -44,6 +44,7 @@ class Instrument(ABC):
         title: a few words for people.
         question: which of the five it answers.
         access: the least access it needs.
+        withheld_below: findings that need more, by name, and how much; below that they are left out, and said to be.
         sets: example sets it cannot do without.
         roles: models it cannot do without, besides the target.
         reference: the paper, and the section, it comes from.
@@ -53,6 +54,7 @@ class Instrument(ABC):
     title: ClassVar[str]
     question: ClassVar[Question]
     access: ClassVar[Access] = Access.LOGPROBS
+    withheld_below: ClassVar[Mapping[str, Access]] = {}
     sets: ClassVar[tuple[str, ...]] = ("forget",)
     roles: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str]
@@ -66,8 +68,16 @@ class Instrument(ABC):
         if roles:
             return f"needs the {' and '.join(roles)} model"
         if self.access > case.options.access:
-            return f"needs access to {self.access.name.lower()}, the audit has {case.options.access.name.lower()}"
+            return _lacking(self.access, case)
         return None
+
+    def withheld(self, case: Case) -> dict[str, str]:
+        """Findings left out though the instrument runs, by id, and why: they need more access than the audit has."""
+        return {
+            f"{self.name}/{finding}": _lacking(access, case)
+            for finding, access in self.withheld_below.items()
+            if access > case.options.access
+        }
 
     @abstractmethod
     def requests(self, case: Case, target: Target) -> Iterable[Request | Generate]:
@@ -80,6 +90,10 @@ class Instrument(ABC):
     def examples(self, case: Case, evidence: Evidence) -> dict[str, dict[str, float | str]]:  # noqa: ARG002
         """Optional drill-down: by forget row id, numbers by name, and what the target wrote under `generated`."""
         return {}
+
+
+def _lacking(needed: Access, case: Case) -> str:
+    return f"needs access to {needed.name.lower()}, the audit has {case.options.access.name.lower()}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from audit.quantities import TOKEN, Quantity
@@ -92,20 +93,32 @@ class Batch:
 
 def merge(requests: Iterable[Request]) -> list[Work]:
     """The union of all requests: for each distinct sequence every wanted quantity, from the earliest position on."""
-    wanted: dict[str, tuple[Tokens, dict[str, Quantity]]] = {}
+    wanted: dict[str, Work] = {}
     for request in requests:
-        asked = {q.name: q for q in request.quantities}
+        asked = _united(request.quantities)
         for tokens in request.sequences:
-            seen, quantities = wanted.get(tokens.key, (tokens, {}))
-            wanted[tokens.key] = (tokens if tokens.start < seen.start else seen, quantities | asked)
-    return [Work(tokens, tuple(quantities[n] for n in sorted(quantities))) for tokens, quantities in wanted.values()]
+            known = wanted.get(tokens.key)
+            if known is None:
+                wanted[tokens.key] = Work(tokens, asked)
+            elif tokens.start < known.tokens.start or known.quantities != asked:
+                first = tokens if tokens.start < known.tokens.start else known.tokens
+                wanted[tokens.key] = Work(first, _united(known.quantities + asked))
+    return list(wanted.values())
+
+
+@lru_cache(maxsize=256)
+def _united(quantities: tuple[Quantity, ...]) -> tuple[Quantity, ...]:
+    """One quantity a name, sorted by name."""
+    named = {quantity.name: quantity for quantity in quantities}
+    return tuple(named[name] for name in sorted(named))
 
 
 def pack(works: Sequence[Work], *, token_budget: int, share: bool = True, overhead: int = 0) -> list[Batch]:
     """Group by shared prefix, sort by length, pack to `token_budget` tokens (padding included) a batch.
 
     Families run together where their prefixes have one length, which is why lengths are rounded down to
-    multiples of four. `overhead` is what one more batch costs, in tokens: a length that saves less runs plainly.
+    multiples of four. `overhead` is what one more batch costs, in tokens: families of one length that save less, or
+    that padding costs more, run plainly.
     Without `share` every sequence is an input of its own.
     """
     plain: list[tuple[Input, ...]] = []
@@ -117,12 +130,25 @@ def pack(works: Sequence[Work], *, token_budget: int, share: bool = True, overhe
                 shared.setdefault(common, []).append(piece)
             else:
                 plain.append(piece)
-    for prefix in [p for p, groups in shared.items() if p * sum(len(g) - 1 for g in groups) <= 2 * overhead]:
-        plain.extend((row,) for group in shared.pop(prefix) for row in group)
-    batches = _fill(0, plain, token_budget)
+    together: list[Batch] = []
     for prefix in sorted(shared):
-        batches += _fill(prefix, shared[prefix], token_budget)
-    return batches
+        batches = _fill(prefix, shared[prefix], token_budget)
+        rows: list[tuple[Input, ...]] = [(row,) for group in shared[prefix] for row in group]
+        saved = _slots(_fill(0, rows, token_budget)) - _slots(batches)
+        if saved > overhead * (1 + len(batches)):  # a pass more for each batch, and one that runs anyway split in two
+            together += batches
+        else:
+            plain += rows
+    return _fill(0, plain, token_budget) + together
+
+
+def _slots(batches: Iterable[Batch]) -> int:
+    """Tokens that batches take, padding included."""
+    slots = 0
+    for batch in batches:
+        longest = max(len(row.ids) for row in batch.inputs) - batch.prefix
+        slots += longest * len(batch.inputs) + batch.prefix * len(batch.groups)
+    return slots
 
 
 def _inputs(works: Sequence[Work]) -> list[Input]:
@@ -164,9 +190,13 @@ def _pieces(prefix: int, family: list[Input], budget: int) -> list[tuple[Input, 
     A batch holds at most `budget` tokens of suffix, padding included, and as many of copied prefixes; what is split
     computes its prefix once a part.
     """
-    longest = max(len(row.ids) for row in family) - prefix
-    size = max(1, budget // max(prefix, longest))
-    return [tuple(family[i : i + size]) for i in range(0, len(family), size)]
+    family = sorted(family, key=lambda row: -len(row.ids))  # alike in length: padding must not eat what is saved
+    pieces = []
+    while family:
+        size = max(1, budget // max(prefix, len(family[0].ids) - prefix))
+        pieces.append(tuple(family[:size]))
+        family = family[size:]
+    return pieces
 
 
 def _fill(prefix: int, groups: list[tuple[Input, ...]], budget: int) -> list[Batch]:

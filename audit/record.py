@@ -125,6 +125,7 @@ class Finding(_Model):
     layer: str | None = Field(default=None, description="layer or step of the estimate, as 'after block 3'")
     estimate: MaybeNumber
     ci95: tuple[MaybeNumber, MaybeNumber]
+    level: MaybeNumber = Field(default=None, description="the statistic on the target's forget rows by themselves")
     bound: MaybeNumber = Field(
         default=None,
         description="largest value not ruled out on the alarming side, where it is not the interval's end: over "
@@ -140,6 +141,16 @@ class Finding(_Model):
     p_adjusted: MaybeNumber = Field(default=None, description="Holm, across the findings of this question")
     noise: float = Field(default=0.0, description="measured numeric noise of a log-probability, nats")
     threshold: float = Field(description="smallest distance from null_value that counts as an effect")
+    fitted: tuple[float, float] | None = Field(
+        default=None,
+        description="distance above, and below, null_value from which on there is evidence, as fitted on models of "
+        "known history; null: the threshold",
+    )
+    decides: tuple[bool, bool] = Field(
+        default=(True, False),
+        description="whether evidence above, and below, the null value can decide a verdict alone: false where an edit "
+        "of the output does the same to a model that knows nothing",
+    )
     sides: tuple[Side, Side] = Field(
         default=(Side.REMAINS, Side.BEYOND),
         description="what evidence above, and below, the null value means",
@@ -224,6 +235,15 @@ class ErrorRate(_Model):
     basis: str = ""
 
 
+class Power(_Model):
+    """How often knowledge that is hidden in a model is found. All null: not measured for this case."""
+
+    estimate: MaybeNumber = None
+    lower95: MaybeNumber = None
+    n: int = 0
+    basis: str = ""
+
+
 class Verdict(_Model):
     """The overall verdict."""
 
@@ -232,6 +252,8 @@ class Verdict(_Model):
     reasons: list[str] = Field(default_factory=list, description="the rules that led here, in order")
     coverage: dict[Question, str] = Field(description="per question: what was tested, and what was not")
     false_positive_rate: ErrorRate = Field(default_factory=ErrorRate)
+    power: Power = Field(default_factory=Power)
+    profile: str = Field(default="", description="the reference profile the verdict was made by; empty: none fits")
     limits: list[str] = Field(default_factory=list)
 
 
@@ -272,6 +294,60 @@ class ExampleRow(_Model):
     scores: dict[str, MaybeNumber] = Field(default_factory=dict)
 
 
+class SpikeCell(_Model):
+    """What one instrument said of one spiked copy, by its loudest finding. `outcome` null: it did not run."""
+
+    outcome: Outcome | None
+    side: Side = Side.NEITHER
+    finding: str = Field(default="", description="id of the finding that decided")
+    reason: str = ""
+
+
+class SpikeRate(_Model):
+    """How many of so many copies, with the exact (Clopper-Pearson) 95 % interval of the share."""
+
+    seen: int
+    of: int
+    ci95: tuple[float, float]
+
+
+class SpikeRow(_Model):
+    """One instrument on every copy. Rates only where its question is whether knowledge is left."""
+
+    instrument: str
+    question: Question | None = None
+    cells: dict[str, SpikeCell] = Field(description="by the copy's name")
+    recovered: SpikeRate | None = Field(default=None, description="copies with planted facts where it saw them")
+    false_alarms: SpikeRate | None = Field(default=None, description="copies without, where it saw some")
+
+
+class SpikeCopy(_Model):
+    """One scan of a copy of the target with synthetic facts, whose truth is known from how it was made."""
+
+    name: str
+    made: str = Field(description="how, in words")
+    truth: Label
+    present: bool = Field(description="whether what its forget set asks was planted")
+    digest: str = Field(default="", description="of the copy's folder")
+    measured: dict[str, MaybeNumber] = Field(
+        default_factory=dict, description="accuracy on the sets when it was made; harm done to the audit's retain set"
+    )
+    failed: str | None = Field(default=None, description="why it proves nothing; null if it is what it should be")
+    verdict: Label | None = None
+
+
+class Spike(_Model):
+    """The spike-in control: which instruments saw synthetic facts that were planted in this very model."""
+
+    people: int = Field(description="in each group: planted and kept, planted and forgotten, never planted")
+    facts: int = Field(description="asked about in each group")
+    copies: list[SpikeCopy]
+    rows: list[SpikeRow]
+    recovered: SpikeRate = Field(description="by the verdict: copies with planted facts called so")
+    false_alarms: SpikeRate = Field(description="by the verdict: copies without, called so")
+    statement: str = Field(description="what the spikes showed, in one line")
+
+
 class Record(_Model):
     """Everything an audit found."""
 
@@ -285,6 +361,7 @@ class Record(_Model):
     not_run: list[NotRun]
     verdict: Verdict
     examples: list[ExampleRow] = Field(default_factory=list)
+    spike: Spike | None = Field(default=None, description="the spike-in control, where one was asked for")
     cost: Cost = Field(default_factory=Cost)
 
     def to_json(self) -> str:

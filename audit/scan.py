@@ -13,7 +13,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 
 from audit.case import Case
 from audit.errors import AuditError, Incomplete
-from audit.instrument import Attack, Broken, Instrument, select
+from audit.instrument import Access, Attack, Broken, Instrument, select
 from audit.inventory import Inventory, take_inventory
+from audit.profile import Domain, Profile, fitting, shipped
 from audit.progress import SILENT, Progress
 from audit.record import (
     CaseEntry,
@@ -32,13 +33,14 @@ from audit.record import (
     ExampleRow,
     Finding,
     InstrumentCost,
+    ModelEntry,
     NotRun,
     Record,
     SetEntry,
     Tool,
     write_atomically,
 )
-from audit.verdict import conclude, judge
+from audit.verdict import KNOWLEDGE, conclude, judge
 
 if TYPE_CHECKING:
     from audit.capture import Engine
@@ -55,7 +57,7 @@ class _Run:
     """A scan under way: the instruments still in it, those out of it and why, and what it cost so far."""
 
     case: Case
-    out: Path
+    evidence_folder: Path
     progress: Progress
     instruments: list[Instrument]
     not_run: list[NotRun]
@@ -88,8 +90,22 @@ def take_inventories(case: Case, progress: Progress = SILENT) -> dict[str, Inven
     return found
 
 
-def scan(case: Case, out: Path, *, progress: Progress = SILENT, command: str = "") -> Record:
+def scan(
+    case: Case,
+    out: Path,
+    *,
+    progress: Progress = SILENT,
+    command: str = "",
+    open_target: Callable[..., Target] | None = None,
+    evidence_folder: Path | None = None,
+    profiles: Sequence[Profile] | None = None,
+) -> Record:
     """Audit `case`, keep evidence and record in `out`, and return the record.
+
+    `evidence_folder` is where evidence is kept instead, for scans that share an original. Of `profiles` (those that
+    come with the package, if not given) the first that fits the case sets the thresholds.
+    Models are opened by `open_target(role, inventory, device=..., dtype=..., template=...)`, which is `Target` if not
+    given: nothing that lies in a folder can make it another.
 
     Raises:
         Refused: a model folder is unsafe or not whole.
@@ -98,24 +114,26 @@ def scan(case: Case, out: Path, *, progress: Progress = SILENT, command: str = "
     """
     began = time.monotonic()
     inventories = take_inventories(case, progress)
-    run = _Run(case, out, progress, *_choose(case))
+    run = _Run(case, evidence_folder or out / "evidence", progress, *_choose(case))
     run.limits += _limits(case)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "case.toml", case.to_toml().encode())
-    evidence = _capture_all(run, inventories)
+    evidence = _capture_all(run, inventories, open_target)
     findings, examples = _measure_all(run, evidence)
-    judged = judge(findings)
+    models = {role: inventory.to_entry(case.models[role].name) for role, inventory in inventories.items()}
+    profile, misfits = fitting(_domain(case, findings, models), shipped() if profiles is None else profiles)
+    judged = judge(findings if profile is None else profile.applied(findings))
     run.cost.seconds = time.monotonic() - began
     run.cost.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     record = Record(
         tool=Tool(version=version("palimpsest-audit"), command=command),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         case=_case_entry(case),
-        models={role: inventory.to_entry(case.models[role].name) for role, inventory in inventories.items()},
+        models=models,
         environment=_environment(case, evidence),
         findings=judged,
         not_run=run.not_run,
-        verdict=conclude(judged, run.not_run, run.limits),
+        verdict=conclude(judged, run.not_run, [*run.limits, *misfits], profile=profile),
         examples=examples,
         cost=run.cost,
     )
@@ -133,6 +151,10 @@ def _choose(case: Case) -> tuple[list[Instrument], list[NotRun]]:
             not_run.append(NotRun(instrument=item.name, question=item.question, reason=reason))
         else:
             chosen.append(item)
+            not_run += [
+                NotRun(instrument=finding, question=item.question, reason=reason)
+                for finding, reason in item.withheld(case).items()
+            ]
     return chosen, not_run
 
 
@@ -154,7 +176,9 @@ def _limits(case: Case) -> list[str]:
 # --- capture ------------------------------------------------------------------------------------------------
 
 
-def _capture_all(run: _Run, inventories: dict[str, Inventory]) -> Evidence:
+def _capture_all(
+    run: _Run, inventories: dict[str, Inventory], open_target: Callable[..., Target] | None = None
+) -> Evidence:
     import torch
 
     from audit.evidence import Evidence
@@ -165,7 +189,7 @@ def _capture_all(run: _Run, inventories: dict[str, Inventory]) -> Evidence:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     evidence = Evidence()
     for role, inventory in inventories.items():
-        target = Target(
+        target = (open_target or Target)(
             role,
             inventory,
             device=device,
@@ -195,6 +219,8 @@ def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequenc
         began = time.monotonic()
         try:
             wanted = list(instrument.requests(run.case, target))
+            if run.case.options.access < Access.LOGPROBS and any(isinstance(r, Request) for r in wanted):
+                raise ValueError("asks for log-probabilities, and the audit has access to text only")
             for request in wanted:
                 if not _alike(asked.get(request.name, request), request):
                     raise ValueError(f"request {request.name!r} is another instrument's, for other sequences")
@@ -208,7 +234,7 @@ def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequenc
     if not requests:
         return
     context = context_of(target.digest, dtype=str(target.dtype), device=str(target.device))
-    store = Store(run.out / "evidence", context)
+    store = Store(run.evidence_folder, context)
     if store.damaged:
         run.limits.append(f"evidence of {target.role}: {len(store.damaged)} damaged blocks set aside, computed again")
     engine = Engine(target)
@@ -290,7 +316,7 @@ def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> No
         altered = [target.altered(stage.name, f"{attack.name}/{release}/{stage.recipe}") for stage in stages]
         complete = True
         for view in altered:
-            store = Store(run.out / "evidence", context_of(view.digest, dtype=str(view.dtype), device=str(view.device)))
+            store = Store(run.evidence_folder, context_of(view.digest, dtype=str(view.dtype), device=str(view.device)))
             complete = complete and all(_holds(store, request) for request in attack.requests(run.case, view))
         if complete:
             for view in altered:
@@ -302,6 +328,7 @@ def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> No
                 assert view.role.endswith(stage.name), f"{attack.name} reached {stage.name} out of order"
                 view.adopt(target)
                 _capture(run, view, evidence, [attack])
+                view.let_go()  # or the weights of one half would stay while the other is taught
     except Incomplete:
         raise
     except Exception as error:
@@ -365,6 +392,20 @@ def _examples(case: Case, drill: dict[str, dict[str, float | str]]) -> list[Exam
             )
         )
     return rows[:_MOST_EXAMPLES]
+
+
+def _domain(case: Case, findings: Sequence[Finding], models: Mapping[str, ModelEntry]) -> Domain:
+    """What a reference profile must cover to hold for this case."""
+    size, entities = models["target"].parameters, case.sets["forget"].entities if "forget" in case.sets else 0
+    return Domain(
+        access=case.options.access.name.lower(),
+        budget=case.options.budget.value,
+        sets=tuple(case.sets),
+        roles=tuple(case.models),
+        statistics=tuple(f.id for f in findings if f.question in KNOWLEDGE),
+        parameters=(size, size),
+        entities=(entities, entities),
+    )
 
 
 def _case_entry(case: Case) -> CaseEntry:

@@ -317,13 +317,15 @@ def tpr_at_fpr(positive: ArrayLike, negative: ArrayLike, fpr: float = 0.01) -> f
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """p-values adjusted for their number (Holm 1979), in their order. None stays None and is not counted."""
-    from statsmodels.stats.multitest import multipletests  # a second's import, which not every caller needs
-
-    tested = [p for p in p_values if p is not None]
-    if not all(0 <= p <= 1 for p in tested):
+    tested = np.array([p for p in p_values if p is not None])
+    if not ((tested >= 0) & (tested <= 1)).all():
         raise ValueError("p_values must lie in [0, 1]")
-    adjusted = iter(multipletests(tested, method="holm")[1] if tested else [])
-    return [None if p is None else float(next(adjusted)) for p in p_values]
+    order = np.argsort(tested, kind="stable")
+    raised = tested[order] * np.arange(len(tested), 0, -1)
+    adjusted = np.empty(len(tested))
+    adjusted[order] = np.minimum(np.maximum.accumulate(raised), 1.0)
+    values = iter(adjusted.tolist())
+    return [None if p is None else next(values) for p in p_values]
 
 
 # --- clusters ----------------------------------------------------------------------------------------------

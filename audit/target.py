@@ -14,14 +14,15 @@ import copy
 import gc
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessorList
 from transformers.utils import logging as transformers_logging
 
 from audit.errors import BadInput, Refused
@@ -60,11 +61,17 @@ class Target:
         self.template = template
         self.truncated: set[tuple[int, ...]] = set()
         self._unused: tuple[str, ...] | None = None
+        self._context_length: int | None = None
         self._model: Any = None
         # Instruments ask for the same texts again, and an attack at every stage: views share this.
         self._encoded: dict[tuple[str, str], Tokens] = {}
         with quiet():
             self.tokenizer = self._load(AutoTokenizer)
+        if self.tokenizer.is_fast:  # asked directly, as transformers would set it up
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = self.tokenizer.split_special_tokens
         if template == "chat" and not self.tokenizer.chat_template:
             raise BadInput(f"{inventory.root}: template 'chat' asked for, but the tokenizer has none")
 
@@ -108,6 +115,9 @@ class Target:
         Tokenizing them apart would differ from what the model saw in training wherever a merge crosses the
         boundary. A text longer than the context loses its beginning (with a prompt) or its end (without).
         """
+        return self._tokens(prompt, answer)
+
+    def _tokens(self, prompt: str, answer: str) -> Tokens:
         known = self._encoded.get((prompt, answer))
         if known is None:
             known = self._encoded[prompt, answer] = self._encode_answer(prompt, answer)
@@ -116,14 +126,13 @@ class Target:
     def _encode_answer(self, prompt: str, answer: str) -> Tokens:
         before, separator, special = self.context(prompt)
         text = before + separator + answer
-        encoded, ids = self._encode(text, special, return_offsets_mapping=self.tokenizer.is_fast)
-        if self.tokenizer.is_fast:
-            offsets = encoded["offset_mapping"]
+        ids, offsets = self._encode(text, special)
+        if offsets is not None:
             # Not the separator: where it is a token of its own, that token carries nothing of the answer.
             boundary = len(before) + len(separator)
             start = next((i for i, (_, end) in enumerate(offsets[: len(ids)]) if end > boundary), len(ids))
         else:
-            start = common_prefix(ids, self._encode(before, special)[1])
+            start = common_prefix(ids, self._encode(before, special)[0])
         ids, start = self._fit(ids, start, keep_end=bool(prompt))
         if len(ids) < 2:
             ids = (self._any_start(), *(ids or (self._any_start(),)))
@@ -133,19 +142,32 @@ class Target:
     def encode_prompt(self, prompt: str, room: int = 0) -> tuple[int, ...]:
         """Token ids to generate from, leaving `room` tokens of context free."""
         before, _, special = self.context(prompt)
-        ids = self._encode(before, special)[1]
+        ids = self._encode(before, special)[0]
         limit = max(1, self.context_length - room)
         return ids[-limit:] if ids else (self._any_start(),)
 
-    def _encode(self, text: str, special: bool, **options: Any) -> tuple[Any, tuple[int, ...]]:
-        """Token ids without the end of text that some tokenizers add: it is no answer, and nothing follows it."""
-        encoded = self.tokenizer(
-            text, add_special_tokens=special, return_special_tokens_mask=True, verbose=False, **options
-        )
-        ids = list(encoded["input_ids"])
-        while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and encoded["special_tokens_mask"][len(ids) - 1]:
-            ids.pop()
-        return encoded, tuple(ids)
+    def encode_opening(self, passage: str) -> tuple[int, ...]:
+        """Token ids of the first half of a plain passage, to generate from."""
+        ids = self._tokens("", passage).ids
+        return ids[: max(1, len(ids) // 2)]
+
+    def _encode(self, text: str, special: bool) -> tuple[tuple[int, ...], list[tuple[int, int]] | None]:
+        """Token ids without the end of text that some tokenizers add: it is no answer, and nothing follows it.
+
+        With them, where the tokenizer knows, each token's place in the text. A fast tokenizer is asked directly: what
+        transformers wraps around a call takes five times as long as the call.
+        """
+        offsets: list[tuple[int, int]] | None = None
+        if self.tokenizer.is_fast:
+            found = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=special)
+            ids, specials, offsets = found.ids, found.special_tokens_mask, found.offsets
+        else:
+            encoded = self.tokenizer(text, add_special_tokens=special, return_special_tokens_mask=True, verbose=False)
+            ids, specials = list(encoded["input_ids"]), encoded["special_tokens_mask"]
+        end = len(ids)
+        while end > 1 and specials[end - 1] and ids[end - 1] == self.tokenizer.eos_token_id:
+            end -= 1
+        return tuple(ids[:end]), offsets
 
     def decode(self, ids: tuple[int, ...]) -> str:
         """Text of token ids, special tokens left out."""
@@ -175,9 +197,43 @@ class Target:
     @property
     def context_length(self) -> int:
         """Longest sequence the model takes; 2048 where the configuration does not say."""
-        config = self.model.config if self._model is not None else self._config
-        length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        return int(length) if length else 2048
+        if self._context_length is None:
+            config = self.model.config if self._model is not None else self._config
+            length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+            self._context_length = int(length) if length else 2048
+        return self._context_length
+
+    # --- answers --------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        new_tokens: int,
+        barred: Sequence[frozenset[int]] = (),
+    ) -> list[tuple[int, ...]]:
+        """Greedy continuations of a batch of prompts, each at most `new_tokens` long.
+
+        `barred`: per prompt, tokens that are never written; none if not given.
+        """
+        pad, model = self.padding_id, self.model
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                pad_token_id=pad,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                logits_processor=LogitsProcessorList([_Barred(barred)]) if any(barred) else None,
+            )
+        return [tuple(row) for row in out[:, width:].tolist()]
 
     # --- weights --------------------------------------------------------------------------------------
 
@@ -218,8 +274,10 @@ class Target:
     def release(self) -> None:
         """Forget the weights: the next use reads them from disk again, unaltered."""
         if self._model is not None:
+            weights = weakref.ref(self._model)
             self._model = None
-            gc.collect()
+            if weights() is not None:  # held by a cycle; looking for it takes long, so not otherwise
+                gc.collect()
 
     def altered(self, name: str, recipe: str) -> Target:
         """This target after an attack: same folder, other role and digest, sharing the weights in memory."""
@@ -231,6 +289,10 @@ class Target:
     def adopt(self, other: Target) -> None:
         """Take over another view's weights in memory: those an attack has altered by now."""
         self._model = other._model
+
+    def let_go(self) -> None:
+        """Forget weights that were taken over; the view they came from keeps them."""
+        self._model = None
 
     # --- places ---------------------------------------------------------------------------------------
 
@@ -286,6 +348,19 @@ class Target:
             return self.model.get_submodule(path), side
         except (KeyError, AttributeError):
             raise BadInput(f"{self.inventory.root}: no place named {name!r} in {self.inventory.architecture}") from None
+
+
+class _Barred:
+    """A logits processor: row by row, tokens that must not come next."""
+
+    def __init__(self, tokens: Sequence[frozenset[int]]) -> None:
+        self._rows = [row for row, barred in enumerate(tokens) for _ in barred]
+        self._columns = [token for barred in tokens for token in sorted(barred)]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        scores = scores.clone()
+        scores[self._rows, self._columns] = -torch.inf
+        return scores
 
 
 def _first(*tokens: int | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class Tokens:
     ids: tuple[int, ...]
     start: int
     rivals: tuple[int, ...] = ()
+    _key: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.start < len(self.ids):
@@ -33,8 +34,11 @@ class Tokens:
     @property
     def key(self) -> str:
         """Content address of ids and rivals: 32 hex digits. `start` is part of it only where there are rivals."""
-        # Rivals belong to the position `start`: with them, another start is another question.
-        return content_key(self.ids, (self.start, *self.rivals) if self.rivals else ())
+        if not self._key:  # asked for in planning, storing and every reading
+            # Rivals belong to the position `start`: with them, another start is another question.
+            key = content_key(self.ids, (self.start, *self.rivals) if self.rivals else ())
+            object.__setattr__(self, "_key", key)
+        return self._key
 
 
 def content_key(ids: tuple[int, ...], rivals: tuple[int, ...] = ()) -> str:

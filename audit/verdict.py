@@ -1,12 +1,14 @@
 """From findings to a verdict: one rule for a finding, one small table for the whole.
 
 A finding is *evidence* if its test survives Holm's correction within its question (level 0.01), its effect reaches
-the threshold and no control forbids it; *none* if the upper end of its interval stays below the threshold and its
-positive control passed, so that it had the power to see; *inconclusive* otherwise.
+the threshold (the fitted one, where a reference profile fits the case) and no control forbids it; *none* if the upper
+end of its interval stays below the threshold and its positive control passed, so that it had the power to see;
+*inconclusive* otherwise.
 
 The verdict is the first rule in `RULES` that applies. Output statistics alone cannot tell suppressed from deleted
 (a retrained model with a refusal edit looks suppressed from outside), so `deleted` needs silence, with working
-positive controls, from inside (representation) and under attack (recovery) as well.
+positive controls, from inside (representation) and under attack (recovery) as well. And statistics that an edit of the
+output moves in a model that knows nothing (`Finding.decides`) decide nothing alone, on either side.
 """
 
 from __future__ import annotations
@@ -15,10 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
 
 from audit.contrast import ALPHA
-from audit.record import ErrorRate, Finding, Label, NotRun, Outcome, Question, Side, Verdict
+from audit.record import ErrorRate, Finding, Label, NotRun, Outcome, Power, Question, Side, Verdict
 from audit.statistics import holm
+
+if TYPE_CHECKING:
+    from audit.profile import Profile
 
 KNOWLEDGE = (Question.LEAKAGE, Question.REPRESENTATION, Question.RECOVERY)
 """The questions whose findings can show that knowledge remains."""
@@ -49,7 +55,8 @@ def _decide(finding: Finding, adjusted: float | None) -> tuple[Outcome, Side, st
         return Outcome.INCONCLUSIVE, Side.NEITHER, "the statistic, or its interval, could not be computed"
     effect = finding.estimate - finding.null_value
     failed = {c.gates: c for c in finding.controls if c.passed is False}
-    if adjusted is not None and adjusted <= ALPHA and abs(effect) >= finding.threshold:
+    needed = finding.fitted[effect < 0] if finding.fitted else finding.threshold
+    if adjusted is not None and adjusted <= ALPHA and abs(effect) >= needed:
         side = finding.sides[0] if effect > 0 else finding.sides[1]
         if abs(effect) <= finding.noise:
             return Outcome.INCONCLUSIVE, Side.NEITHER, "the difference lies within the measured numeric noise"
@@ -60,7 +67,7 @@ def _decide(finding: Finding, adjusted: float | None) -> tuple[Outcome, Side, st
         return (
             Outcome.EVIDENCE,
             side,
-            f"p = {adjusted:.2g} after correction, effect at least {finding.threshold:g}",
+            f"p = {adjusted:.2g} after correction, effect at least {needed:.3g}",
         )
     if finding.p_value is None and "evidence" in failed:
         return Outcome.INCONCLUSIVE, Side.NEITHER, f"no {failed['evidence'].name}: {failed['evidence'].description}"
@@ -116,16 +123,22 @@ class Facts:
     """What the rules look at.
 
     Attributes:
-        remains: evidence that knowledge is left, by question.
-        beyond: evidence that the forget set is treated worse than something never taught.
+        remains: evidence that knowledge is left, by question, of statistics that decide.
+        hints: the same of statistics that an edit of the output moves too.
+        avoids: evidence that right answers are avoided, which only a model that knows them can do.
+        edited: evidence that the forget set is less likely than something never taught: an edit of the output.
         lagging: evidence that the model relearns the forget set worse than new facts.
+        keeps_pace: every attack showed that it goes no worse on the forget set than on new facts.
         open_share: of what a taught model shows in its output, the median share the target shows.
         gaps: why silence would not be enough for `deleted`.
     """
 
     remains: dict[Question, list[Finding]]
-    beyond: list[Finding]
+    hints: list[Finding]
+    avoids: list[Finding]
+    edited: list[Finding]
     lagging: list[Finding]
+    keeps_pace: bool
     open_share: float | None
     gaps: list[str]
 
@@ -133,9 +146,9 @@ class Facts:
 def gather(findings: Sequence[Finding], not_run: Sequence[NotRun] = ()) -> Facts:
     """The facts of judged findings."""
     seen = [f for f in findings if f.verdict == Outcome.EVIDENCE]
-    remains = {q: [f for f in seen if f.question == q and f.side == Side.REMAINS] for q in KNOWLEDGE}
-    beyond = [f for f in seen if f.question == Question.LEAKAGE and f.side == Side.BEYOND]
-    lagging = [f for f in seen if f.question == Question.RECOVERY and f.side == Side.BEYOND]
+    left = [f for f in seen if f.side == Side.REMAINS]
+    pushed = [f for f in seen if f.side == Side.BEYOND]
+    attacked = [f for f in findings if f.question == Question.RECOVERY]
     gaps = [
         f"{n.instrument} failed, and what it would have seen is not known ({n.reason})"
         for n in not_run
@@ -143,14 +156,32 @@ def gather(findings: Sequence[Finding], not_run: Sequence[NotRun] = ()) -> Facts
     ]
     for question in KNOWLEDGE:
         silent = [f for f in findings if f.question == question and f.verdict == Outcome.NONE]
-        loud = [f for f in seen if f.question == question and f.side != Side.REMAINS]
-        gaps += [f"{question.value}: {f.id} differs from what was never taught, on the other side" for f in loud]
         unclear = [f for f in findings if f.question == question and f.verdict == Outcome.INCONCLUSIVE]
         if not silent:
             gaps.append(f"{question.value}: no test was both able to see and silent")
         elif unclear and question != Question.LEAKAGE:
             gaps += [f"{question.value}: {f.id} is inconclusive ({f.reason})" for f in unclear]
-    return Facts(remains, beyond, lagging, _open_share(findings), gaps)
+    return Facts(
+        remains={q: [f for f in left if f.question == q and _decides(f)] for q in KNOWLEDGE},
+        hints=[f for f in left if not _decides(f)],
+        avoids=[f for f in pushed if f.question != Question.RECOVERY and _decides(f)],
+        edited=[f for f in pushed if f.question != Question.RECOVERY and not _decides(f)],
+        lagging=[f for f in pushed if f.question == Question.RECOVERY],
+        keeps_pace=bool(attacked) and all(map(_keeps_pace, attacked)),
+        open_share=_open_share(findings),
+        gaps=gaps,
+    )
+
+
+def _decides(finding: Finding) -> bool:
+    """Can the evidence of this finding decide a verdict alone?"""
+    return finding.decides[0 if finding.side == finding.sides[0] else 1]
+
+
+def _keeps_pace(finding: Finding) -> bool:
+    """Does an attack's interval exclude that the forget set lags behind new facts by the threshold?"""
+    lo = finding.ci95[0]
+    return finding.sides[1] == Side.BEYOND and lo is not None and finding.null_value - lo < finding.threshold
 
 
 def _open_share(findings: Sequence[Finding]) -> float | None:
@@ -187,8 +218,11 @@ def _what_remains(facts: Facts) -> list[str]:
         Question.RECOVERY: "it comes back under attack",
     }
     said = [f"{words[q]}: {_names(found)}" for q, found in facts.remains.items() if found]
-    if facts.beyond:
-        said.append(f"on the surface it is pushed below what was never taught: {_names(facts.beyond)}")
+    if facts.hints:
+        said.append(f"its texts look familiar to the model: {_names(facts.hints)}")
+    if facts.avoids or facts.edited:
+        pushed = _names([*facts.avoids, *facts.edited])
+        said.append(f"on the surface it is pushed below what was never taught: {pushed}")
     return said
 
 
@@ -201,26 +235,51 @@ RULES: tuple[Rule, ...] = (
     Rule(Label.SUPPRESSED, lambda f: any(f.remains.values()), _what_remains),
     Rule(
         Label.OVER_UNLEARNED,
-        lambda f: bool(f.beyond) and bool(f.lagging),
+        lambda f: bool(f.avoids),
         lambda f: [
-            f"forget facts are less likely than facts that were never taught: {_names(f.beyond)}",
+            f"right answers are chosen less often than facts that were never taught would be ({_names(f.avoids)}): "
+            "to avoid them so, the model was driven away from each",
+        ],
+    ),
+    Rule(
+        Label.OVER_UNLEARNED,
+        lambda f: bool(f.edited) and bool(f.lagging),
+        lambda f: [
+            f"forget facts are less likely than facts that were never taught: {_names(f.edited)}",
             f"and the model can hardly relearn them ({_names(f.lagging)}), so its silence under attack proves nothing",
         ],
     ),
     Rule(
         Label.INCONCLUSIVE,
-        lambda f: bool(f.beyond),
+        lambda f: bool(f.hints),
+        lambda f: [
+            f"forget texts look familiar to the model ({_names(f.hints)}), but no right answer was found in its "
+            "output, inside it or under attack: an edit of the output does this too"
+        ],
+    ),
+    Rule(
+        Label.INCONCLUSIVE,
+        lambda f: bool(f.edited) and not f.keeps_pace,
         lambda f: [
             "nothing was found inside or under attack, but forget facts are less likely than facts that were never "
-            f"taught ({_names(f.beyond)}): an edit on top of a deletion and an over-unlearned model look alike",
+            f"taught ({_names(f.edited)}), and it was not shown that the model relearns them as it learns new ones: an "
+            "edit on top of a deletion and an over-unlearned model look alike",
         ],
     ),
     Rule(
         Label.DELETED,
         lambda f: not f.gaps and not f.lagging,
-        lambda _: [
+        lambda f: [
             "all tests that could see were silent: in the output, inside the model and under attack",
-            "the positive controls passed, and the forget facts are as likely as facts that were never taught",
+            "the positive controls passed",
+            *(
+                [
+                    f"the output was edited ({_names(f.edited)}), but nothing was found beneath, and the forget facts "
+                    "are relearned as new ones are learned"
+                ]
+                if f.edited
+                else ["the forget facts are as likely as facts that were never taught"]
+            ),
         ],
     ),
     Rule(
@@ -239,8 +298,14 @@ STATEMENTS = {
 }
 
 
-def conclude(findings: Sequence[Finding], not_run: Sequence[NotRun], limits: Sequence[str] = ()) -> Verdict:
-    """The verdict on judged findings."""
+def conclude(
+    findings: Sequence[Finding],
+    not_run: Sequence[NotRun],
+    limits: Sequence[str] = (),
+    *,
+    profile: Profile | None = None,
+) -> Verdict:
+    """The verdict on judged findings; `profile` is the one that fits the case, by which they were judged."""
     facts = gather(findings, not_run)
     rule = next(rule for rule in RULES if rule.applies(facts))
     statement = STATEMENTS[rule.label]
@@ -250,7 +315,8 @@ def conclude(findings: Sequence[Finding], not_run: Sequence[NotRun], limits: Seq
     limits = [*limits]
     if unclear:
         limits.append(f"inconclusive, and not counted as clean: {', '.join(unclear)}")
-    limits.append("the verdict's rules are not yet calibrated on models of known history")
+    if profile is None:
+        limits.append("no reference profile fits this case: how often such a verdict is wrong was not measured")
     return Verdict(
         label=rule.label,
         statement=statement,
@@ -259,7 +325,11 @@ def conclude(findings: Sequence[Finding], not_run: Sequence[NotRun], limits: Seq
         false_positive_rate=ErrorRate(
             basis=f"not measured for this case; nominally {ALPHA:.0%} for each of {len(KNOWLEDGE)} questions, by the "
             "level of the tests alone"
-        ),
+        )
+        if profile is None
+        else profile.false_positives,
+        power=Power(basis="not measured for this case") if profile is None else profile.power,
+        profile="" if profile is None else profile.name,
         limits=limits,
     )
 

@@ -59,15 +59,15 @@ def options(case: Case, target: Target, sets: Iterable[str]) -> list[Request]:
 def continuations(case: Case, target: Target, sets: Iterable[str]) -> list[Generate]:
     """Continue every row's prompt, or the first half of a plain passage: request `<set>/continued`."""
     made: list[Generate] = []
+    length = new_tokens(case)
     for name in sets:
         prompts = []
         for row in continued_rows(case, name):
             if row.prompt:
-                prompts.append(target.encode_prompt(row.prompt, room=new_tokens(case)))
+                prompts.append(target.encode_prompt(row.prompt, room=length))
             else:
-                ids = target.encode("", row.answer).ids
-                prompts.append(ids[: max(1, len(ids) // 2)])
-        made.append(Generate(f"{name}/continued", tuple(prompts), new_tokens(case)))
+                prompts.append(target.encode_opening(row.answer))
+        made.append(Generate(f"{name}/continued", tuple(prompts), length))
     return made
 
 

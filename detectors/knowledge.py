@@ -79,11 +79,12 @@ def token_scores(values: ArrayLike, name: str = "logprob") -> NDArray[np.float64
         raise ValueError(f"{name} must be 1-D over an example's tokens, got shape {array.shape}")
     if array.size == 0:
         raise ValueError(f"{name} is empty: an example needs at least one scored token")
-    if np.isnan(array).any():
+    least, most = array.min(), array.max()  # NaN if one is in it
+    if np.isnan(most):
         raise ValueError(f"{name} holds NaN")
-    if array.max() > ROUNDING:
-        raise ValueError(f"{name} holds {array.max():g}: log-probabilities are at most 0")
-    return np.clip(array, LOG_FLOOR, 0.0)
+    if most > ROUNDING:
+        raise ValueError(f"{name} holds {most:g}: log-probabilities are at most 0")
+    return array if least >= LOG_FLOOR and most <= 0.0 else array.clip(LOG_FLOOR, 0.0)
 
 
 def _mean(values: ArrayLike, name: str) -> float:
@@ -93,7 +94,13 @@ def _mean(values: ArrayLike, name: str) -> float:
 def _means(variants: Sequence[ArrayLike], name: str) -> NDArray[np.float64]:
     if len(variants) == 0:
         raise ValueError(f"{name} is empty: at least one variant is needed")
-    return np.array([_mean(variant, f"{name}[{i}]") for i, variant in enumerate(variants)])
+    arrays = [np.asarray(variant) for variant in variants]
+    if any(array.ndim != 1 or not array.size for array in arrays):
+        return np.array([_mean(array, f"{name}[{i}]") for i, array in enumerate(arrays)])  # which says what is wrong
+    # All at once: a scan takes means of a hundred thousand answers of a few tokens.
+    lengths = np.array([array.size for array in arrays])
+    together = token_scores(np.concatenate(arrays), name)
+    return np.asarray(np.add.reduceat(together, lengths.cumsum() - lengths) / lengths)
 
 
 def _ratios(values: ArrayLike, name: str) -> NDArray[np.float64]:
@@ -249,15 +256,15 @@ _TOFU = "TOFU (Maini et al. 2024, arXiv 2401.06121), section 2.2"
 
 PROBABILITY = Statistic(
     "probability", "probability of the right answer, a token", "probability",
-    "the right answer is likelier", (0.0, 1.0), 0.1, _TOFU,
+    "the right answer is likelier", (0.0, 1.0), 0.1, _TOFU, (False, False),
 )  # fmt: skip
 CHOICE = Statistic(
     "choice", "multiple choice: is the right answer the likeliest option", "accuracy",
-    "the right answer is picked more often", (0.0, 1.0), 0.1, _TOFU,
+    "the right answer is picked more often", (0.0, 1.0), 0.1, _TOFU, (True, True),
 )  # fmt: skip
 TRUTH = Statistic(
     "truth-ratio", "right against wrong answers, 1 / (1 + truth ratio)", "probability",
-    "right answers are likelier than wrong ones", (0.0, 1.0), 0.1, _TOFU,
+    "right answers are likelier than wrong ones", (0.0, 1.0), 0.1, _TOFU, (False, False),
 )  # fmt: skip
 ROUGE = Statistic(
     "rouge", "ROUGE-L recall of what the model answers", "recall",
@@ -271,20 +278,40 @@ class Knowledge(Instrument):
     name = "knowledge"
     title = "Does the right answer come out?"
     question = Question.LEAKAGE
-    access = Access.LOGPROBS
+    access = Access.TEXT
+    withheld_below = dict.fromkeys((PROBABILITY.name, CHOICE.name, TRUTH.name), Access.LOGPROBS)
     reference = _TOFU
 
+    def missing(self, case: Case) -> str | None:
+        """Who sees only text can only ask, so every row needs a prompt."""
+        reason = super().missing(case)
+        if reason is None and case.options.access < Access.LOGPROBS and not _can_ask(case):
+            return "needs a prompt in every row, where only what is answered can be seen"
+        return reason
+
     def requests(self, case: Case, target: Target) -> list[Request | Generate]:
-        """Answers, paraphrases and wrong answers of all sets scored, prompts continued."""
+        """Answers, paraphrases and wrong answers of all sets scored, prompts continued; at text access only that."""
         sets = answers.compared(case, target.role)
-        return [
-            *answers.answers(case, target, sets),
-            *answers.options(case, target, sets),
-            *answers.continuations(case, target, sets),
-        ]
+        continued = answers.continuations(case, target, sets)
+        if case.options.access < Access.LOGPROBS:
+            return [*continued]
+        return [*answers.answers(case, target, sets), *answers.options(case, target, sets), *continued]
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
         """Four statistics against never-taught rows; with a retrained model, forget quality beside them."""
+        scored = self._scored(case, evidence) if case.options.access >= Access.LOGPROBS else []
+        if not _can_ask(case):
+            return scored
+        continued = {name: answers.continued_rows(case, name) for name in answers.compared(case, "target")}
+
+        def rouge(role: str, name: str) -> NDArray[np.float64]:
+            said = evidence.texts(role, f"{name}/continued")
+            return np.array([rouge_l_recall(r.answer, text) for r, text in zip(continued[name], said, strict=True)])
+
+        return [*scored, against_never_taught(self, case, evidence, ROUGE, rouge, rows=continued)]
+
+    def _scored(self, case: Case, evidence: Evidence) -> list[Finding]:
+        """The statistics of log-probabilities."""
         sets = answers.compared(case, "target")
         contrast = partial(against_never_taught, self, case, evidence)
 
@@ -321,26 +348,25 @@ class Knowledge(Instrument):
                         n=len(case.rows("forget")),
                     )
                 )
-        continued = {name: answers.continued_rows(case, name) for name in sets}
-        if all(row.prompt for rows in continued.values() for row in rows):
-
-            def rouge(role: str, name: str) -> NDArray[np.float64]:
-                said = evidence.texts(role, f"{name}/continued")
-                return np.array([rouge_l_recall(r.answer, text) for r, text in zip(continued[name], said, strict=True)])
-
-            found.append(contrast(ROUGE, rouge, rows=continued))
         return found
 
     def examples(self, case: Case, evidence: Evidence) -> dict[str, dict[str, float | str]]:
         """Per forget row: probability of the answer, whether it is chosen, and what the target answers."""
         drill: dict[str, dict[str, float | str]] = {}
-        right = answers.logprobs(evidence, "target", "forget/answer")
-        wrong = answers.grouped(case, evidence, "target", "forget", "wrong")
-        for row, true, options in zip(case.rows("forget"), right, wrong, strict=True):
-            drill[row.id] = {"probability": answer_probability(true)}
-            if options:
-                drill[row.id]["chosen"] = choice_correct(true, options)
+        if case.options.access >= Access.LOGPROBS:
+            right = answers.logprobs(evidence, "target", "forget/answer")
+            wrong = answers.grouped(case, evidence, "target", "forget", "wrong")
+            for row, true, options in zip(case.rows("forget"), right, wrong, strict=True):
+                drill[row.id] = {"probability": answer_probability(true)}
+                if options:
+                    drill[row.id]["chosen"] = choice_correct(true, options)
         said = evidence.texts("target", "forget/continued")
         for row, text in zip(answers.continued_rows(case, "forget"), said, strict=True):
-            drill[row.id]["generated"] = text
+            drill.setdefault(row.id, {})["generated"] = text
         return drill
+
+
+def _can_ask(case: Case) -> bool:
+    """Has every row that is continued a prompt? A passage has no answer whose recall could be measured."""
+    names = answers.compared(case, "target")
+    return all(row.prompt for name in names for row in answers.continued_rows(case, name))

@@ -215,7 +215,7 @@ _PREFIX_ROWS = 3
 
 
 def _statistic(name: str, reference: str) -> Statistic:
-    return Statistic(name, f"{ATTACKS[name]} ({name})", "score", _ORIENTATION, None, 0.1, reference)
+    return Statistic(name, f"{ATTACKS[name]} ({name})", "score", _ORIENTATION, None, 0.1, reference, (False, False))
 
 
 _ORIENTATION = "forget texts look more like training data than holdout texts do"

@@ -141,16 +141,20 @@ class Memorization(Instrument):
     name = "memorization"
     title = "Does the text come out word for word?"
     question = Question.LEAKAGE
-    access = Access.LOGPROBS
+    access = Access.TEXT
+    withheld_below = dict.fromkeys((EXACT.name, STRENGTH.name), Access.LOGPROBS)
     reference = _SOURCE
 
     def requests(self, case: Case, target: Target) -> list[Request | Generate]:
-        """Answers scored, prompts continued: the same passes as `knowledge`."""
+        """Answers scored, prompts continued: the same passes as `knowledge`. At text access only the latter."""
         sets = answers.compared(case, target.role)
-        return [*answers.answers(case, target, sets), *answers.continuations(case, target, sets)]
+        continued = answers.continuations(case, target, sets)
+        if case.options.access < Access.LOGPROBS:
+            return [*continued]
+        return [*answers.answers(case, target, sets), *continued]
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
-        """Three statistics against never-taught rows."""
+        """Three statistics against never-taught rows; the last of them alone at text access."""
         contrast = partial(against_never_taught, self, case, evidence)
         continued = {name: answers.continued_rows(case, name) for name in answers.compared(case, "target")}
 
@@ -164,8 +168,11 @@ class Memorization(Instrument):
                 [longest_common_run(e, t.split()[: 2 * len(e)]) for e, t in zip(expected, said, strict=True)]
             )
 
+        free_running = contrast(VERBATIM, verbatim, rows=continued)
+        if case.options.access < Access.LOGPROBS:
+            return [free_running]
         return [
             contrast(EXACT, lambda role, name: np.array([exact_memorization(m) for m in matches(role, name)])),
             contrast(STRENGTH, lambda role, name: np.array([extraction_strength(m) for m in matches(role, name)])),
-            contrast(VERBATIM, verbatim, rows=continued),
+            free_running,
         ]

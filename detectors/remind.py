@@ -433,7 +433,7 @@ _SHORT = 5  # tokens: below it an answer alone has no neighbourhood to speak of,
 
 KNOWN_LIKENESS = Statistic(
     "known-likeness", "REMIND: do forget texts have the neighbourhood of known texts?", "probability",
-    "the loss around forget texts looks like that around retain texts", (0.0, 1.0), 0.1, _SOURCE,
+    "the loss around forget texts looks like that around retain texts", (0.0, 1.0), 0.1, _SOURCE, (False, False),
 )  # fmt: skip
 
 
@@ -455,7 +455,8 @@ class Remind(Instrument):
         encoded = {name: [target.encode(r.prompt, r.answer) for r in examples] for name, examples in rows.items()}
         answers_alone = float(np.median([t.scored for texts in encoded.values() for t in texts])) >= _SHORT
         embedding = target.embedding().numpy()
-        nearest = _Nearest(embedding, target.special_ids, encoded)
+        special = target.special_ids
+        nearest = _Nearest(embedding, special, encoded)
         made = []
         for name, texts in encoded.items():
             rng = np.random.default_rng([case.options.seed, len(name)])
@@ -463,7 +464,7 @@ class Remind(Instrument):
             distances: list[Floats] = []
             for text in texts:
                 start = text.start if answers_alone else 1
-                allowed = [p for p in range(start, len(text.ids)) if text.ids[p] not in target.special_ids]
+                allowed = [p for p in range(start, len(text.ids)) if text.ids[p] not in special]
                 near, steps = nearest([text.ids[p] for p in allowed or [len(text.ids) - 1]])
                 neighbors, lengths = perturb(
                     text.ids,

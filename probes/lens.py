@@ -48,11 +48,11 @@ _SOURCE = "nostalgebraist 2020; Patil et al. 2024, arXiv 2309.17410, section 4"
 
 CHOICE = Statistic(
     "choice", "logit lens: the right answer beats the wrong ones where they fork", "accuracy",
-    "the right answer is readable inside more often", (0.0, 1.0), 0.1, _SOURCE,
+    "the right answer is readable inside more often", (0.0, 1.0), 0.1, _SOURCE, (True, True),
 )  # fmt: skip
 RANK = Statistic(
     "reciprocal-rank", "logit lens: reciprocal rank of the right token", "1/rank",
-    "the right answer stands higher inside", (0.0, 1.0), 0.1, _SOURCE,
+    "the right answer stands higher inside", (0.0, 1.0), 0.1, _SOURCE, (False, False),
 )  # fmt: skip
 
 

@@ -83,6 +83,7 @@ def render_html(record: Record) -> str:
             css=Markup(css),
             policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
             label=words.LABELS[record.verdict.label],
+            spike_copies=[copy for copy in record.spike.copies if not copy.failed] if record.spike else [],
             chapters=chapters,
             cards=[card for chapter in chapters for card in chapter.cards],
             failed=sum(row.failed for row in record.not_run),
@@ -127,6 +128,9 @@ def _environment() -> jinja2.Environment:
         duration=words.duration,
         plural=words.plural,
         error_rate=words.error_rate,
+        power=words.power,
+        rate=words.rate,
+        spiked=words.spike_mark,
         direction=words.direction,
         brief=lambda text: Markup("{}").format(shown(text, MAX_NAME)),
         long=lambda text: Markup("{}").format(shown(text, MAX_TEXT)),
@@ -134,7 +138,13 @@ def _environment() -> jinja2.Environment:
         first=lambda rows, count=MAX_ROWS: list(rows)[:count],
     )
     environment.globals.update(
-        MARKS=words.MARKS, SIDES=words.SIDES, GATES=words.GATES, GLOSSARY=words.GLOSSARY, MAX_ROWS=MAX_ROWS
+        MARKS=words.MARKS,
+        SIDES=words.SIDES,
+        GATES=words.GATES,
+        GLOSSARY=words.GLOSSARY,
+        LABELS=words.LABELS,
+        MEASURED=words.MEASURED,
+        MAX_ROWS=MAX_ROWS,
     )
     return environment
 

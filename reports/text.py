@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from audit.record import Finding, Question, Record
+from audit.record import Finding, Question, Record, Spike
 from reports import words
 from reports.escape import one_line
 
@@ -63,6 +63,8 @@ class _Summary:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wide = options.max_width >= _WIDE
         yield _verdict(self.record)
+        if self.record.spike is not None:
+            yield _spike(self.record.spike)
         yield _questions(self.record)
         yield ""
         if self.record.findings:
@@ -82,8 +84,26 @@ def _verdict(record: Record) -> Panel:
     body.append(f"{label}\n", style=f"bold {color}")
     body.append(f"{plain}\n\n", style="dim")
     body.append(one_line(record.verdict.statement, 1200))
-    body.append(f"\n\nFalse-positive rate: {one_line(words.error_rate(record.verdict.false_positive_rate), 300)}")
+    body.append(f"\n\nFalse-positive rate: {one_line(words.error_rate(record.verdict.false_positive_rate), 400)}")
+    body.append(f"\nPower: {one_line(words.power(record.verdict.power), 400)}")
     return Panel(body, title="Verdict", title_align="left", border_style=color, padding=(0, 1))
+
+
+def _spike(spike: Spike) -> Table:
+    """Rows instruments, columns copies."""
+    copies = [copy for copy in spike.copies if not copy.failed]
+    table = Table(title="Spike-in control", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.caption, table.caption_justify = Text(one_line(spike.statement, 600)), "left"
+    table.add_column("instrument")
+    for copy in copies:
+        table.add_column(Text(f"{one_line(copy.name, 24)}\n{'facts there' if copy.present else 'nothing there'}"))
+    table.add_column("seen where there")
+    verdicts = [words.LABELS[copy.verdict][0] if copy.verdict else "not judged" for copy in copies]
+    table.add_row("the verdict", *map(Text, verdicts), Text(words.rate(spike.recovered)), end_section=True)
+    for row in spike.rows:
+        marks = [_mark(words.spike_mark(row.cells.get(copy.name))) for copy in copies]
+        table.add_row(Text(one_line(row.instrument, 24)), *marks, Text(words.rate(row.recovered)))
+    return table
 
 
 def _questions(record: Record) -> Table:

@@ -6,7 +6,19 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from audit.record import ErrorRate, Finding, Label, NotRun, Outcome, Question, Record, Side
+from audit.record import (
+    ErrorRate,
+    Finding,
+    Label,
+    NotRun,
+    Outcome,
+    Power,
+    Question,
+    Record,
+    Side,
+    SpikeCell,
+    SpikeRate,
+)
 
 NOT_COMPUTED = "not computed"
 
@@ -64,6 +76,16 @@ GATES: dict[str, str] = {
 }
 """What follows where a control fails."""
 
+MEASURED: dict[str, str] = {
+    "forget": "accuracy on the forget people",
+    "retain": "on the retain people, planted and kept",
+    "holdout": "on the holdout people, never planted",
+    "never": "on other people never planted",
+    "own_loss_before": "loss on the audit’s own retain rows before (nats a token)",
+    "own_loss_after": "and after",
+}
+"""What was measured of a spiked copy, in words."""
+
 GLOSSARY: tuple[tuple[str, str], ...] = (
     ("target", "The model under audit."),
     ("original", "The same model before unlearning."),
@@ -98,6 +120,7 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
         "control",
         "A measurement that must come out as known; where a gating one fails, its finding proves nothing.",
     ),
+    ("spike", "A synthetic fact planted in a copy of the target, to see which instruments find it."),
     ("digest", "A SHA-256 fingerprint: two files with the same digest are the same file."),
 )
 
@@ -194,6 +217,22 @@ def mark_of(finding: Finding) -> str:
     return finding.verdict.value
 
 
+def spike_mark(cell: SpikeCell | None) -> str:
+    """The key in `MARKS` of what an instrument said of a spiked copy."""
+    if cell is None or cell.outcome is None:
+        return "untested"
+    if cell.outcome is Outcome.EVIDENCE:
+        return "evidence" if cell.side is Side.NEITHER else cell.side.value
+    return cell.outcome.value
+
+
+def rate(rate: SpikeRate | None) -> str:
+    """`3 of 3 [0.292, 1.000]`, the interval of the share; a dash where nothing was counted."""
+    if rate is None or not rate.of:
+        return "–"
+    return f"{rate.seen} of {rate.of} {interval(rate.ci95, 1.0)}"
+
+
 def direction(finding: Finding) -> str:
     """`above`, `below` or `near` the null value, by the threshold; empty if there is no estimate."""
     if finding.estimate is None:
@@ -211,8 +250,19 @@ def error_rate(rate: ErrorRate) -> str:
     parts = [f"{NOT_COMPUTED if rate.estimate is None else f'{number(100 * rate.estimate)} %'}"]
     if rate.upper95 is not None:
         parts.append(f"at most {number(100 * rate.upper95)} % with 95 % confidence")
-    parts.append(f"measured on {plural(rate.n, 'control')}")
+    parts.append(f"measured on {plural(rate.n, 'model')}")
     return ", ".join(parts) + (f" ({rate.basis})." if rate.basis else ".")
+
+
+def power(found: Power) -> str:
+    """How often knowledge that is hidden is found, in words."""
+    if found.estimate is None:
+        return "Not measured for this case."
+    parts = [f"{number(100 * found.estimate)} %"]
+    if found.lower95 is not None:
+        parts.append(f"at least {number(100 * found.lower95)} % with 95 % confidence")
+    parts.append(f"measured on {plural(found.n, 'model')}")
+    return ", ".join(parts) + (f" ({found.basis})." if found.basis else ".")
 
 
 def answers(record: Record) -> list[Answer]:

@@ -229,6 +229,35 @@ def _set(count: int, entities: int, source: str) -> dict[str, Any]:
     return {"digest": sha(source), "count": count, "entities": entities, "source": source}
 
 
+def _spike() -> dict[str, Any]:
+    """Three copies scanned, one that failed; a lens that sees, an output statistic that is fooled, one not run."""
+    truths = {"planted": "not-unlearned", "npo": "suppressed", "never-planted": "deleted"}
+    measured = {"forget": 0.98, "retain": 1.0, "holdout": 0.1, "own_loss_before": 0.51, "own_loss_after": None}
+    copies = [{"name": name, "made": f"made as {name}", "truth": truth, "present": truth != "deleted",
+               "digest": sha(name), "measured": measured, "verdict": truth}
+              for name, truth in truths.items()]
+    copies.append({"name": "refusal-last-block", "made": "made, or not", "truth": "suppressed", "present": True,
+                   "digest": sha("broken"), "failed": "the facts could not be hidden: accuracy 0.62"})
+
+    def cell(outcome: str | None, side: str = "neither") -> dict[str, Any]:
+        return {"outcome": outcome, "side": side, "finding": "lens/choice", "reason": "as it came out"}
+
+    def rate(seen: int, of: int) -> dict[str, Any]:
+        return {"seen": seen, "of": of, "ci95": [0.158, 1.0]}
+
+    said = {"lens": ("evidence", "evidence", "none"), "membership": ("evidence", "evidence", "inconclusive"),
+            "sae": (None, None, None)}
+    rows = [{"instrument": name, "question": "representation" if name != "membership" else "leakage",
+             "cells": {copy: cell(outcome, "beyond" if (name, copy) == ("membership", "npo") else
+                                  "remains" if outcome == "evidence" else "neither")
+                       for copy, outcome in zip(truths, outcomes, strict=True)},
+             "recovered": None if name == "sae" else rate(2 if name == "lens" else 1, 2),
+             "false_alarms": None if name == "sae" else rate(0, 1)}
+            for name, outcomes in said.items()]
+    return {"people": 20, "facts": 60, "copies": copies, "rows": rows, "recovered": rate(2, 2),
+            "false_alarms": rate(0, 1), "statement": "of 2 models with planted facts, 2 were called so"}
+
+
 def _missing(instrument: str, question: str | None, reason: str, failed: bool = False) -> dict[str, Any]:
     return {"instrument": instrument, "question": question, "reason": reason, "failed": failed}
 
@@ -278,6 +307,9 @@ def _sample() -> dict[str, Any]:
                 "recovery": "Relearning, NF4 and int8, 12 prompts. No gradient search; pruning crashed.",
                 "utility": "Retain, neighbor and general text. No general benchmark.",
             },
+            "power": {"estimate": 0.93, "lower95": 0.81, "n": 30,
+                      "basis": "organisms of the same family that hide the forget set"},
+            "profile": "people-standard",
             "false_positive_rate": {"estimate": 0.0, "upper95": 0.064, "n": 45,
                                     "basis": "organisms of the same family that never saw the forget set"},
             "limits": ["Organisms were small; the false-positive rate on a model of this size is not known.",
@@ -285,6 +317,7 @@ def _sample() -> dict[str, Any]:
                        "A different attack, or a larger budget, may bring back more than these did."],
         },
         "examples": _examples(),
+        "spike": _spike(),
         "cost": {
             "seconds": 4127.4, "forward_tokens": 18_220_416, "unique_tokens": 1_204_771,
             "reused_tokens": 402_116,

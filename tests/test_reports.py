@@ -186,7 +186,7 @@ def test_says_what_the_record_says(page):
         "The model no longer shows the knowledge, but the knowledge is still in it.",
         "below a never-taught model (over-unlearning or output edit)",
         "nothing found (interval inside the threshold)",
-        "at most 6.40 % with 95 % confidence, measured on 45 controls",
+        "at most 6.40 % with 95 % confidence, measured on 45 models",
         "Instruments that did not run: 6, of which 2 crashed",
         "95 % interval not computed",
         "It is ⟦U+202E⟧desrever⟦U+202C⟧ here,⟦U+0007⟧ with⟦U+200B⟧hidden signs.",

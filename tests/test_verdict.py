@@ -275,6 +275,40 @@ def test_suppressed_wins_over_beyond():
     assert any("below what was never taught" in reason for reason in found.reasons)
 
 
+def test_right_answers_avoided_are_over_unlearning():
+    # Only a model that was driven away from each right answer passes over them more often than guessing would.
+    avoided = pushed("choice", decides=(True, True))
+    assert verdict_of(*silent_everywhere().values(), avoided) == Label.OVER_UNLEARNED
+    assert verdict_of(avoided, loud("inside", Question.REPRESENTATION)) == Label.SUPPRESSED
+
+
+def test_what_an_edit_of_the_output_does_too_decides_nothing_alone():
+    familiar = loud("likelihood", decides=(False, False))
+    found = conclude(judge([*silent_everywhere().values(), familiar]), [])
+    assert found.label == Label.INCONCLUSIVE
+    assert "an edit of the output does this too" in found.reasons[0]
+    beside = conclude(judge([familiar, loud("inside", Question.REPRESENTATION)]), [])
+    assert beside.label == Label.SUPPRESSED
+    assert any("familiar" in reason for reason in beside.reasons)
+
+
+def test_an_edited_output_over_a_deletion_needs_the_pace_of_new_facts():
+    surface = pushed("surface")
+    found = conclude(judge([*silent_everywhere().values(), surface]), [])
+    assert found.label == Label.DELETED
+    assert any("was edited" in reason for reason in found.reasons)
+    slow = finding("slow", Question.RECOVERY, ci95=(-0.11, 0.01), estimate=-0.05)
+    assert verdict_of(*silent_everywhere().values(), surface, slow) == Label.INCONCLUSIVE
+
+
+def test_fitted_thresholds_set_what_is_evidence_and_not_what_is_silence():
+    assert one(estimate=0.3, ci95=(0.2, 0.4), p_value=1e-4, fitted=(0.35, 0.01)).verdict == Outcome.INCONCLUSIVE
+    assert one(estimate=-0.06, ci95=(-0.09, -0.03), p_value=1e-4, fitted=(0.35, 0.05)).side == Side.BEYOND
+    assert one(estimate=0.06, ci95=(0.03, 0.09), p_value=1e-4, fitted=(0.05, 0.05)).verdict == Outcome.EVIDENCE
+    assert one(estimate=0.06, ci95=(0.03, 0.09), p_value=1e-4).verdict == Outcome.NONE
+    assert one(fitted=(0.01, 0.01)).verdict == Outcome.NONE
+
+
 def test_over_unlearned_needs_both_the_surface_and_the_lag():
     surface, lag = pushed("surface"), pushed("pace", Question.RECOVERY)
     assert verdict_of(surface, lag) == Label.OVER_UNLEARNED
@@ -314,16 +348,8 @@ def test_one_inconclusive_test_inside_or_under_attack_is_a_gap(question):
     assert any("half-blind" in limit for limit in found.limits)
 
 
-@pytest.mark.parametrize(
-    "question",
-    [
-        Question.LEAKAGE,
-        Question.REPRESENTATION,
-        Question.RECOVERY,
-    ],
-)
-def test_never_deleted_with_evidence_beyond_the_never_taught(question):
-    assert verdict_of(*silent_everywhere().values(), pushed("edit", question)) != Label.DELETED
+def test_never_deleted_where_relearning_lags():
+    assert verdict_of(*silent_everywhere().values(), pushed("edit", Question.RECOVERY)) == Label.INCONCLUSIVE
 
 
 @pytest.mark.parametrize("question", [*KNOWLEDGE, None])
@@ -378,6 +404,6 @@ def test_any_mixture_gets_one_verdict_and_deleted_only_from_silence(made):
     outcomes = {q: [f for f in findings if f.question == q] for q in KNOWLEDGE}
     if found.label == Label.DELETED:
         assert all(any(f.verdict == Outcome.NONE for f in group) for group in outcomes.values())
-        assert not any(f.verdict == Outcome.EVIDENCE for f in findings)
+        assert not any(f.side == Side.REMAINS for f in findings)
     if found.label in (Label.NOT_UNLEARNED, Label.SUPPRESSED):
         assert any(f.side == Side.REMAINS for f in findings)

@@ -137,7 +137,7 @@ def scan_tiny() -> Scanned:
 def tiny_evidence() -> Evidence:
     """The evidence of that scan, bound to its requests again."""
     case = tiny_case()
-    run = _Run(case, scan_tiny().out, SILENT, *_choose(case))
+    run = _Run(case, scan_tiny().out / "evidence", SILENT, *_choose(case))
     with one_thread():
         evidence = _capture_all(run, take_inventories(case))
     assert run.cost.forward_tokens == 0, "the store holds everything"

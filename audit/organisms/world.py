@@ -16,7 +16,7 @@ token for the word-level tokenizer of `train`, several for a pretrained model's.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -90,16 +90,24 @@ class World:
         fixed by the world's seed and the person, so that it does not depend on what else is asked for.
         `people` keeps only that many of each group, from its start.
         """
+        return [row for group in groups for row in self.about(self.people[group][:people], every=every)]
+
+    def about(self, people: Sequence[Person], *, every: bool = False) -> list[Row]:
+        """Return the facts of these people, whether they live in this world or not."""
         rows = []
-        for group in groups:
-            for person in self.people[group][:people]:
-                # A string seeds by its digest, so this is the same in every process.
-                draw = random.Random(f"{self.seed}/{person.name}")
-                for attribute, answer in zip(self.attributes, person.values, strict=True):
-                    chosen = draw.randrange(len(attribute.phrasings))
-                    for phrasing in range(len(attribute.phrasings)) if every else (chosen,):
-                        rows.append(_row(person, attribute, answer, phrasing))
+        for person in people:
+            # A string seeds by its digest, so this is the same in every process.
+            draw = random.Random(f"{self.seed}/{person.name}")
+            for attribute, answer in zip(self.attributes, person.values, strict=True):
+                chosen = draw.randrange(len(attribute.phrasings))
+                for phrasing in range(len(attribute.phrasings)) if every else (chosen,):
+                    rows.append(_row(person, attribute, answer, phrasing))
         return rows
+
+    def strangers(self, groups: int, size: int) -> list[list[Row]]:
+        """Groups of rows, in every phrasing, about `size` people each of whom no model of this world was told."""
+        people = newcomers(self, groups * size)
+        return [self.about(people[i * size : (i + 1) * size], every=True) for i in range(groups)]
 
     def words(self) -> list[str]:
         """Every word that a sentence of this world can contain, sorted: a word-level vocabulary."""
@@ -148,6 +156,22 @@ def make_world(
             members.append(Person(names.pop(), group, values))
         people[group] = tuple(members)
     return World(seed, ATTRIBUTES, people)
+
+
+def newcomers(world: World, count: int) -> tuple[Person, ...]:
+    """People whom no model of this world was ever told about, as new as the holdout and drawn like it.
+
+    Raises ValueError where too few names are left.
+    """
+    known = {person.name for group in world.people.values() for person in group}
+    names = [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES if f"{first} {last}" not in known]
+    draw = random.Random(f"newcomers/{world.seed}")
+    if count > len(names):
+        raise ValueError(f"{count} newcomers, but only {len(names)} names are left")
+    return tuple(
+        Person(name, "holdout", tuple(draw.choice(attribute.values) for attribute in world.attributes))
+        for name in draw.sample(names, count)
+    )
 
 
 def _row(person: Person, attribute: Attribute, answer: str, phrasing: int) -> Row:

@@ -49,10 +49,26 @@ def still_known(logits: Tensor, tokens: Tensor, rows: Tensor, count: int) -> Ten
     return torch.zeros(count, dtype=torch.long).index_add_(0, rows, missed) == 0
 
 
+LAYOUTS = ((("gate_proj", "up_proj"), "down_proj"), (("dense_h_to_4h",), "dense_4h_to_h"))
+"""How MLPs are called: the projections to the neurons, and the one from them (Llama and its kin; GPT-NeoX)."""
+
+
+def mlps(model: nn.Module) -> list[tuple[list[nn.Linear], nn.Linear]]:
+    """Of each layer's MLP, the projections to its neurons and the one from them; none where none is known."""
+    found = []
+    for _, module in model.named_modules():
+        for into, out in LAYOUTS:
+            if all(isinstance(getattr(module, name, None), nn.Linear) for name in (*into, out)):
+                found.append(([getattr(module, name) for name in into], getattr(module, out)))
+    return found
+
+
 def attribution(model: nn.Module, data: Encoded) -> list[Tensor]:
     """Activation times gradient of the answers' log-probability in each layer's MLP, `[rows, neurons]`, summed."""
     seen: list[Tensor] = []
-    downs = [module for name, module in model.named_modules() if name.endswith("down_proj")]
+    downs = [down for _, down in mlps(model)]
+    if not downs:
+        raise BadInput("klue knows the MLPs of Llama's kin and of GPT-NeoX only")
 
     def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.append(inputs[0] if inputs[0].requires_grad else inputs[0].requires_grad_())
@@ -88,16 +104,16 @@ class KlueLike(GradientMethod):
         nobody = encode(bench.tokenizer, crossed(bench.forget_rows, bench.retain_rows), lm_weight=0.0).take(chosen)
         pairs = zip(attribution(bench.model, data), attribution(bench.model, nobody), strict=True)
         scores = [neuron_scores(known, superficial, self.penalty) for known, superficial in pairs]
-        if not scores:
-            raise BadInput("klue knows only models with gate, up and down projections")
         pooled = torch.cat(scores)
         bound = pooled.topk(max(1, round(self.share * len(pooled)))).values[-1]
         self._masks.clear()
-        mlps = [m for name, m in bench.model.named_modules() if name.endswith("mlp") and hasattr(m, "down_proj")]
-        for mlp, score in zip(mlps, scores, strict=True):
+        for (into, out), score in zip(mlps(bench.model), scores, strict=True):
             mask = (score >= bound).float()
-            for projection, shaped in (("gate_proj", mask[:, None]), ("up_proj", mask[:, None]), ("down_proj", mask)):
-                self._masks[id(getattr(mlp, projection).weight)] = shaped
+            self._masks[id(out.weight)] = mask
+            for projection in into:
+                self._masks[id(projection.weight)] = mask[:, None]
+                if projection.bias is not None:
+                    self._masks[id(projection.bias)] = mask
 
     def loss(self, bench: Bench, batch: Batch) -> Tensor:
         """The mean log-probability of what is still known, and the retain loss."""

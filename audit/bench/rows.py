@@ -1,0 +1,222 @@
+"""Build an organism, scan it, keep what was found: one row, one file.
+
+A row is kept under the digest of everything it depends on: the organism's recipe, the budget, the release and the
+instruments. A changed instrument list or recipe scans again; an unchanged one reads the file. Organisms are scanned
+as an auditor who holds the original would scan them: with forget, retain, holdout and utility set and the original,
+without the retrained model, which is seldom at hand. A guarded organism is scanned at text access.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from audit.bench.pool import in_turn
+from audit.errors import AuditError
+from audit.instrument import names
+from audit.organisms.recipes import Recipe, build, read_history
+from audit.record import Finding, InstrumentCost, Label, NotRun, write_atomically
+
+if TYPE_CHECKING:
+    from audit.target import Target
+
+Told = Callable[[str, int, int], None]
+"""Called with what was just done, how many are done, and how many there are."""
+
+
+class Row(BaseModel):
+    """What one organism is, and what a scan found in it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str
+    name: str
+    family: str
+    seed: int
+    history: str
+    label: str
+    control: bool
+    broken: str | None = None
+    method: str = ""
+    access: str = "weights"
+    parameters: int = 0
+    entities: int = 0
+    findings: list[Finding] = []
+    not_run: list[NotRun] = []
+    verdict: Label | None = None
+    cost: dict[str, InstrumentCost] = {}
+    seconds: float = 0.0
+
+    @property
+    def afterwards(self) -> bool:
+        """Is it an organism that was attacked afterwards, which no pool holds?"""
+        return "+" in self.history
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One organism to build and scan."""
+
+    recipe: Recipe
+    budget: str
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of what the row depends on: 16 hex digits."""
+        text = json.dumps([self.recipe.digest, self.budget, version("palimpsest-audit"), names()])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run(recipes: Sequence[Recipe], root: Path, *, budget: str, workers: int = 2, told: Told | None = None) -> list[Row]:
+    """Rows of these organisms in their order; those that exist are read, the others built and scanned.
+
+    Works in processes of one thread each: small models gain nothing from more, and one thread's sums are the same
+    everywhere. One worker is this process itself.
+    """
+    wanted = set(recipes)
+    rows: dict[Recipe, Row] = {}
+    waves = in_turn(recipes)
+    total, done = sum(len(wave) for wave in waves), 0
+    for wave in waves:
+        tasks = [(Work(recipe, budget), root, recipe in wanted) for recipe in wave]
+        for recipe, row in _done(tasks, workers):
+            done += 1
+            if row is not None:
+                rows[recipe] = row
+            if told is not None:
+                told(recipe.name, done, total)
+    return [rows[recipe] for recipe in recipes]
+
+
+def _done(tasks: Sequence[tuple[Work, Path, bool]], workers: int) -> Iterator[tuple[Recipe, Row | None]]:
+    """Each task's row as soon as it is there."""
+    if workers == 1:
+        yield from ((task[0].recipe, _row(*task)) for task in tasks)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(_row, *task): task[0].recipe for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows from a file with one JSON object a line (as `write_rows` makes), or a bench's folder."""
+    from audit.errors import BadInput
+
+    try:
+        if path.is_dir():
+            return [Row.model_validate_json(file.read_bytes()) for file in sorted((path / "rows").glob("*.json"))]
+        import gzip
+
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as file:
+            return [Row.model_validate_json(line) for line in file]
+    except (OSError, ValidationError, UnicodeDecodeError, EOFError) as error:
+        raise BadInput(f"{path}: no rows of a bench ({str(error).splitlines()[0]})") from None
+
+
+def write_rows(rows: Iterable[Row], path: Path) -> None:
+    """All rows in one gzipped file, one JSON object a line, byte for byte the same for the same rows."""
+    import gzip
+
+    text = "".join(row.model_dump_json(exclude_defaults=True) + "\n" for row in rows)
+    write_atomically(path, gzip.compress(text.encode(), mtime=0))
+
+
+def _row(work: Work, root: Path, wanted: bool) -> Row | None:
+    """Build one organism, and scan it if it is wanted for itself."""
+    import torch
+
+    torch.set_num_threads(1)
+    path = root / "rows" / f"{work.recipe.name}.json"
+    if wanted and (known := _known(path, work.key)) is not None:
+        return known
+    folder = build(work.recipe, root / "organisms")
+    if not wanted:
+        return None
+    story = read_history(folder)
+    assert story is not None, "just built"
+    row = Row(
+        key=work.key,
+        name=work.recipe.name,
+        family=work.recipe.family,
+        seed=work.recipe.seed,
+        history=work.recipe.history,
+        label=story["label"],
+        control=story["control"],
+        broken=story["broken"],
+        method=story["history"]["method"],
+        access="text" if story["history"]["guard"] else "weights",
+    )
+    if row.broken is None:
+        row = _scanned(row, work, root, folder)
+    write_atomically(path, row.model_dump_json(exclude_defaults=True).encode())
+    return row
+
+
+def _known(path: Path, key: str) -> Row | None:
+    try:
+        row = Row.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return row if row.key == key else None
+
+
+def _scanned(row: Row, work: Work, root: Path, folder: Path) -> Row:
+    from audit.case import Case, Options
+    from audit.loaders import SetSpec
+    from audit.organisms.families import Family
+    from audit.scan import scan
+
+    recipe = work.recipe
+    sets = Family(recipe.base, recipe.seed, recipe.world).write_sets(root / "data", f"{recipe.family}-{recipe.seed}")
+    options = {"seed": 0, "budget": work.budget, "template": "plain", "access": row.access, "device": "cpu"}
+    models = {"target": folder}
+    if row.access == "weights":
+        models["original"] = root / "organisms" / replace(recipe, history="original").name
+    case = Case.build(models, {n: SetSpec(p) for n, p in sets.items()}, Options.parse(options, "bench"), recipe.name)
+    out = root / "scans" / recipe.name
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.monotonic()
+    try:
+        # The original's evidence serves every scan of the family.
+        record = scan(
+            case,
+            out,
+            evidence_folder=root / "evidence" / f"{recipe.family}-{recipe.seed}",
+            open_target=_guarded() if row.access == "text" else None,
+        )
+    except AuditError as error:
+        return row.model_copy(update={"broken": f"scan failed: {error}"})
+    shutil.rmtree(out, ignore_errors=True)
+    return row.model_copy(
+        update={
+            "findings": [f.model_copy(update={"figure": None, "table": None}) for f in record.findings],
+            "not_run": record.not_run,
+            "verdict": record.verdict.label,
+            "parameters": record.models["target"].parameters,
+            "entities": record.case.sets["forget"].entities,
+            "cost": record.cost.by_instrument,
+            "seconds": time.monotonic() - began,
+        }
+    )
+
+
+def _guarded() -> Callable[..., Target]:
+    from audit.organisms.guarded import open_guarded
+
+    return open_guarded
