@@ -74,6 +74,8 @@ SEEN = (Label.NOT_UNLEARNED, Label.SUPPRESSED)
 
 _OWN_ROWS = 120
 """Rows of the audit's retain set, half of them mixed in, half of them to measure the harm on."""
+_MEASURED_TOKENS = 128
+"""How much of each of the latter."""
 
 
 def spike_in(
@@ -163,6 +165,7 @@ class _Bench:
         """Invent the people, and write their sets. Raises `BadInput` where the tokenizer lacks the words."""
         from audit.organisms.demo import write_jsonl
         from audit.organisms.spikes import Settings, from_tokens, invent
+        from audit.organisms.train import encode
         from audit.target import Target
 
         target = Target("target", inventory, template=case.options.template)
@@ -174,6 +177,8 @@ class _Bench:
         groups = {name: spikes.world.rows(name) for name in ("forget", "retain", "holdout")}
         groups["never"] = spikes.negative.rows("forget")
         sets = {name: write_jsonl(root / "data" / f"{name}.jsonl", rows) for name, rows in groups.items()}
+        # As wide as the spikes: longer rows among them would make every batch as long.
+        widths = (encode(target.tokenizer, spikes.world.rows("forget", every=True)).ids.shape[1], _MEASURED_TOKENS)
         halves: list[Encoded | None] = [None, None]
         if "retain" in case.sets:
             rows = case.rows("retain", _OWN_ROWS)
@@ -181,7 +186,8 @@ class _Bench:
             for i in range(2):
                 chosen = [r for r, c in zip(rows, case.clusters(rows), strict=True) if entities.index(c) % 2 == i]
                 if chosen:
-                    halves[i] = from_tokens([target.encode(r.prompt, r.answer) for r in chosen], target.padding_id)
+                    texts = [target.encode(r.prompt, r.answer) for r in chosen]
+                    halves[i] = from_tokens(texts, target.padding_id, most=widths[i])
         return cls(case, target, root, settings, spikes, halves[0], halves[1], sets)
 
     def build(self, progress: Progress) -> list[SpikeCopy]:

@@ -315,7 +315,9 @@ class Target:
     @property
     def _places(self) -> dict[str, str]:
         if not hasattr(self, "_places_cache"):
-            self._places_cache = _canonical_places(self.model.config)
+            config = self.model.config
+            known = KNOWN_PLACES.get(config.model_type)
+            self._places_cache = dict(zip(PARTS, known, strict=True)) if known else canonical_places(config)
         return self._places_cache
 
     def site(self, name: str) -> tuple[torch.nn.Module, str]:
@@ -367,7 +369,21 @@ def _first(*tokens: int | None) -> int:
     return next((int(token) for token in tokens if token is not None), 0)
 
 
-def _canonical_places(config: Any) -> dict[str, str]:
+PARTS = ("embed", "blocks", "ln_final", "attn", "mlp")
+_LLAMA = ("model.embed_tokens", "model.layers", "model.norm", "self_attn", "mlp")
+KNOWN_PLACES = {
+    "gpt2": ("transformer.wte", "transformer.h", "transformer.ln_f", "attn", "mlp"),
+    "gpt_neox": ("gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm", "attention", "mlp"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "phi3": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
+"""What `canonical_places` finds, by `model_type`, where that is known: TransformerLens takes a second to import."""
+
+
+def canonical_places(config: Any) -> dict[str, str]:
     """Module paths of the canonical components, from TransformerLens' adapter for the architecture."""
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
     from transformer_lens.model_bridge.sources import build_bridge_config_from_hf

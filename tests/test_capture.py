@@ -195,6 +195,20 @@ def test_what_the_engine_itself_packs(target, expected):
     check_scores([row for batch in batches for row in engine.run(batch)], "llama", expected)
 
 
+def test_the_head_runs_once_for_all_that_want_the_same(target):
+    engine = Engine(target("llama"))
+    texts = [Tokens((5, 6, 7, *range(10 + i, 14 + i)), 4) for i in range(12)]
+    asked = [Request("all", tuple(texts), (TOKEN,)), Request("some", tuple(texts[::2]), (MOMENTS,))]
+    [batch] = pack(merge(asked), token_budget=4096)
+    engine.run(batch)
+    applied, head = [], engine._head
+    engine._head = lambda state: applied.append(len(state)) or head(state)
+    rows = engine.run(batch)
+    assert sorted(applied) == [18, 18]  # not once for each of twelve texts that take turns
+    assert [row.tokens for row in rows] == [work.tokens for work in batch.works]
+    assert [set(row.values) for row in rows] == [{q.name for q in work.quantities} for work in batch.works]
+
+
 def test_one_batch_twice_gives_the_same_bytes(target):
     engine = Engine(target("qwen2"))
     [batch, *_] = pack(merge(requests(2)), token_budget=4096)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs" / "instruments").glob("*.md"))]
 
-MADE_APART = {ROOT / "docs" / name for name in ("report.png", "studies.md", "benchmarks.md")}
+MADE_APART = {ROOT / "docs" / name for name in ("report.png", "studies.md", "benchmarks.md", "bench-full.md")}
 """Made by studies and a browser rather than written: links to them are right before they are there."""
 
 

@@ -173,6 +173,15 @@ def test_families_whose_prefixes_have_one_length_run_together():
     assert all(padded_tokens(b) <= 40 for b in pack(works, token_budget=40))
 
 
+def test_a_short_beginning_in_common_is_not_paid_for_with_padding():
+    """As with questions that all begin with `Question:`, and have answers of every length."""
+    texts = [Tokens((1, 2, 3, 4, q, *[9] * length), 5) for q, length in enumerate(range(40, 400, 40), 10)]
+    works = [Work(tokens, (TOKEN,)) for tokens in texts]
+    for budget in (500, 10**6):
+        shared, plain = (pack(works, token_budget=budget, share=share) for share in (True, False))
+        assert sum(map(padded_tokens, shared)) <= sum(map(padded_tokens, plain))
+
+
 def test_nothing_to_do():
     assert pack([], token_budget=100) == []
     assert pack([], token_budget=100, share=False) == []

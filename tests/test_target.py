@@ -11,8 +11,10 @@ from conftest import WORDS, save_tiny, words_tokenizer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from audit.errors import BadInput, Refused
+from audit.target import KNOWN_PLACES, PARTS, canonical_places
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -293,6 +295,16 @@ def test_padding_start_and_special_tokens(folders, open_target):
     pieces = open_target(folders["bytes"])  # no padding token of its own: the end of text stands in
     assert pieces.padding_id == pieces.tokenizer.eos_token_id == 1
     assert pieces.encode_prompt("") == (0,)
+
+
+# --- places
+
+
+@pytest.mark.parametrize("model_type", sorted(KNOWN_PLACES))
+def test_known_places_are_those_of_transformer_lens(model_type):
+    config = AutoConfig.for_model(model_type)
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    assert tuple(canonical_places(config)[part] for part in PARTS) == KNOWN_PLACES[model_type]
 
 
 # --- weights

@@ -320,19 +320,18 @@ def _shifted(progress: Progress | None, begun: int, total: int) -> Progress | No
 # --- rows of the audit's own --------------------------------------------------------------------------------
 
 
-def from_tokens(rows: Sequence[Tokens], padding: int, *, most: int = 32) -> Encoded:
-    """The audit's own texts as training rows: at most so many tokens each, ending in the middle of a long answer."""
-    cut = []
-    for row in rows:
-        kept = row.ids[: row.start + most // 2]
-        begin = max(0, len(kept) - most)
-        cut.append((kept[begin:], max(1, row.start - begin)))
+def from_tokens(rows: Sequence[Tokens], padding: int, *, most: int) -> Encoded:
+    """The audit's own texts as training rows, their beginnings of at most so many tokens.
+
+    Learned is the answer; of a text whose prompt alone is longer, the second half of what is left.
+    """
+    cut = [(row.ids[:most], row.start if row.start < most else most // 2) for row in rows]
     shape = (len(cut), max(len(kept) for kept, _ in cut))
     ids, answer = torch.full(shape, padding), torch.zeros(shape, dtype=torch.bool)
-    for i, (each, start) in enumerate(cut):
-        ids[i, : len(each)] = torch.tensor(each)
-        answer[i, start : len(each)] = True
-    return Encoded(ids, torch.tensor([len(each) for each, _ in cut]), answer, answer.float())
+    for i, (kept, start) in enumerate(cut):
+        ids[i, : len(kept)] = torch.tensor(kept)
+        answer[i, start : len(kept)] = True
+    return Encoded(ids, torch.tensor([len(kept) for kept, _ in cut]), answer, answer.float())
 
 
 def nats(model: nn.Module, data: Encoded) -> float:
