@@ -22,6 +22,8 @@ Traps:
 - *Same-fact paraphrases leak*: teach and test halves never share an entity.
 - *Over-unlearning breaks relearning*: a destroyed model relearns nothing. The pace at which the *taught* half comes
   back is the second finding; if it lags behind the holdout's, silence on the untaught half proves nothing.
+- *Pace decides nothing alone*: a refusal trained into a model that never knew slows the taught half (it has to be
+  unlearned first) or, in the output head, hastens it.
 - *Too high a learning rate* destroys instead of restoring; the whole curve is kept, not its end.
 """
 
@@ -65,7 +67,7 @@ UNTAUGHT = Statistic(
 PACE = Statistic(
     "pace", "relearning: accuracy on the facts that were retaught, mean over the attack", "accuracy",
     "forgotten facts are learned faster than new ones (smaller: more slowly)", (0.0, 1.0), 0.1,
-    _SOURCE,
+    _SOURCE, (False, False),
 )  # fmt: skip
 
 

@@ -16,15 +16,18 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import load, save
 
-from audit.plan import Generate, Request
+from audit.plan import AnyRequest, Request
 from audit.quantities import Quantity
 from audit.record import write_atomically
 from audit.tokens import Tokens, content_key
+
+if TYPE_CHECKING:
+    from audit.weights import TensorRow
 
 Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
 _BLOCKS_IN_MEMORY = 64
@@ -153,15 +156,25 @@ class Store:
 
     def note(self, name: str) -> float | None:
         """A number noted about this context, e.g. its numeric noise; None if it was not."""
-        path = self.folder / f"{name}.json"
         try:
-            return float(json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError):  # not there, or damaged: to be measured again
+            return float(self.recall(name))
+        except (ValueError, TypeError):  # not there, or damaged: to be measured again
             return None
 
     def write_note(self, name: str, value: float) -> None:
         """Note a number."""
-        write_atomically(self.folder / f"{name}.json", json.dumps(value).encode(), sync=False)
+        self.remember(name, value)
+
+    def recall(self, name: str) -> Any:
+        """What was noted about this context under a name, as JSON has it; None if nothing readable was."""
+        try:
+            return json.loads((self.folder / f"{name}.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def remember(self, name: str, value: Any) -> None:
+        """Note anything that JSON can hold."""
+        write_atomically(self.folder / f"{name}.json", json.dumps(value, allow_nan=False).encode(), sync=False)
 
 
 class Evidence:
@@ -172,11 +185,12 @@ class Evidence:
 
     def __init__(self) -> None:
         self._stores: dict[str, Store] = {}
-        self._requests: dict[tuple[str, str], Request | Generate] = {}
+        self._requests: dict[tuple[str, str], AnyRequest] = {}
         self._texts: dict[tuple[str, str], list[str]] = {}
+        self._weights: dict[tuple[str, str], list[TensorRow]] = {}
         self.noise: dict[str, float] = {}
 
-    def register(self, role: str, store: Store, requests: Iterable[Request | Generate]) -> None:
+    def register(self, role: str, store: Store, requests: Iterable[AnyRequest]) -> None:
         """Bind a role's requests to the store that holds their answers."""
         self._stores[role] = store
         for request in requests:
@@ -192,6 +206,10 @@ class Evidence:
     def add_texts(self, role: str, name: str, texts: list[str]) -> None:
         """Decoded continuations of a `Generate` request, in its order."""
         self._texts[role, name] = texts
+
+    def add_weights(self, role: str, name: str, rows: list[TensorRow]) -> None:
+        """The comparison that a `Weights` request asked for."""
+        self._weights[role, name] = rows
 
     @property
     def roles(self) -> list[str]:
@@ -225,6 +243,10 @@ class Evidence:
     def texts(self, role: str, name: str) -> list[str]:
         """Decoded greedy continuations, in the order of the request's prompts."""
         return self._texts[role, name]
+
+    def weights(self, role: str, name: str) -> list[TensorRow]:
+        """How the weight files differ from those they were compared with: a row a tensor."""
+        return self._weights[role, name]
 
     def extra(self, role: str, name: str) -> Mapping[str, Any]:
         """What the instrument noted when it made the request."""

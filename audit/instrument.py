@@ -22,7 +22,7 @@ from audit.record import Finding, Question
 if TYPE_CHECKING:
     from audit.case import Case
     from audit.evidence import Evidence
-    from audit.plan import Generate, Request
+    from audit.plan import AnyRequest
     from audit.target import Target
 
 GROUP = "palimpsest.instruments"
@@ -80,7 +80,7 @@ class Instrument(ABC):
         }
 
     @abstractmethod
-    def requests(self, case: Case, target: Target) -> Iterable[Request | Generate]:
+    def requests(self, case: Case, target: Target) -> Iterable[AnyRequest]:
         """What must be captured of this model; called once a role (`target.role`), attacked ones included."""
 
     @abstractmethod

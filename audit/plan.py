@@ -43,6 +43,17 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """Ask how the weight files differ from those of the role `against`, tensor by tensor: see `audit.weights`."""
+
+    name: str
+    against: str = "original"
+
+
+AnyRequest = Request | Generate | Weights
+
+
+@dataclass(frozen=True)
 class Work:
     """One sequence and everything wanted of it."""
 

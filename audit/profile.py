@@ -114,6 +114,8 @@ def read_profile(path: Path) -> Profile:
 def shipped() -> list[Profile]:
     """The profiles that come with the package, by name."""
     folder = files("audit").joinpath("profiles")
+    if not folder.is_dir():
+        return []
     found = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".json")), key=lambda entry: entry.name)
     return [_parse(entry.read_text("utf-8")) for entry in found]
 

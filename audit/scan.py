@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from audit.case import Case
-from audit.errors import AuditError, Incomplete
+from audit.errors import AuditError, BadInput, Incomplete
 from audit.instrument import Access, Attack, Broken, Instrument, select
 from audit.inventory import Inventory, take_inventory
 from audit.profile import Domain, Profile, fitting, shipped
@@ -45,8 +45,9 @@ from audit.verdict import KNOWLEDGE, conclude, judge
 if TYPE_CHECKING:
     from audit.capture import Engine
     from audit.evidence import Evidence, Store
-    from audit.plan import Generate, Request
+    from audit.plan import AnyRequest, Generate, Request, Weights
     from audit.target import Target
+    from audit.weights import TensorRow
 
 _NOISE_SAMPLE = 8
 _MOST_EXAMPLES = 400
@@ -63,6 +64,7 @@ class _Run:
     not_run: list[NotRun]
     limits: list[str] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
+    inventories: dict[str, Inventory] = field(default_factory=dict)
 
     def drop(self, instrument: Instrument, error: Exception) -> None:
         """Take a failed instrument out of the scan: a row in `not_run`, never an absence."""
@@ -188,6 +190,7 @@ def _capture_all(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     evidence = Evidence()
+    run.inventories = inventories
     for role, inventory in inventories.items():
         target = (open_target or Target)(
             role,
@@ -211,10 +214,12 @@ def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequenc
     """Ask the instruments what they need of this model, and run what the store does not hold."""
     from audit.capture import Engine
     from audit.evidence import Store, context_of
-    from audit.plan import Generate, Request
+    from audit.plan import Generate, Request, Weights
 
-    requests: list[Request | Generate] = []
-    asked: dict[str, Request | Generate] = {}
+    requests: list[AnyRequest] = []
+    asked: dict[str, AnyRequest] = {}
+    context = context_of(target.digest, dtype=str(target.dtype), device=str(target.device))
+    store = Store(run.evidence_folder, context)
     for instrument in instruments:
         began = time.monotonic()
         try:
@@ -224,17 +229,18 @@ def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequenc
             for request in wanted:
                 if not _alike(asked.get(request.name, request), request):
                     raise ValueError(f"request {request.name!r} is another instrument's, for other sequences")
+            compared = {r.name: _compare(run, target, store, r) for r in wanted if isinstance(r, Weights)}
             asked |= {request.name: request for request in wanted}
         except Exception as error:  # one instrument's fault must not take the others' findings with it
             run.drop(instrument, error)
             continue
         requests += wanted
+        for name, rows in compared.items():
+            evidence.add_weights(target.role, name, rows)
         tokens = sum(len(t.ids) for r in wanted if isinstance(r, Request) for t in r.sequences)
         run.charge(instrument, time.monotonic() - began, tokens)
     if not requests:
         return
-    context = context_of(target.digest, dtype=str(target.dtype), device=str(target.device))
-    store = Store(run.evidence_folder, context)
     if store.damaged:
         run.limits.append(f"evidence of {target.role}: {len(store.damaged)} damaged blocks set aside, computed again")
     engine = Engine(target)
@@ -251,6 +257,27 @@ def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequenc
             evidence.add_texts(target.role, request.name, texts)
     if "+" not in target.role:
         evidence.noise[target.role] = _noise(store, engine, [r for r in requests if isinstance(r, Request)])
+
+
+def _compare(run: _Run, target: Target, store: Store, request: Weights) -> list[TensorRow]:
+    """The target's weight files against another role's: as noted in its store, or compared now and noted."""
+    from audit import weights
+
+    if run.case.options.access < Access.WEIGHTS:
+        raise ValueError("asks for weights, and the audit has no access to them")
+    if "+" in target.role:
+        raise ValueError(f"asks for the weight files of {target.role}, which has none")
+    here, there = run.inventories[target.role], run.inventories[request.against]
+    for inventory in (here, there):
+        if inventory.format != "safetensors":
+            raise BadInput(f"{inventory.root}: {inventory.format} weights are not compared, only safetensors are")
+    rows = weights.recall(store, there.digest)
+    if rows is None:
+        names = {tensor.name for tensor in (*here.tensors, *there.tensors)}
+        with run.progress.step(f"weights of {target.role} against {request.against}", len(names)) as tick:
+            rows = weights.compare(here.root, there.root, device=str(target.device), tick=tick)
+        weights.remember(store, there.digest, rows)
+    return rows
 
 
 def _run_scores(run: _Run, target: Target, store: Store, engine: Engine, requests: list[Request]) -> None:
@@ -300,7 +327,8 @@ def _noise(store: Store, engine: Engine, requests: list[Request]) -> float:
         )
         sample = texts[:: max(1, len(texts) // _NOISE_SAMPLE)][:_NOISE_SAMPLE]
         known = engine.noise((tokens, store.read(tokens, "token")) for tokens in sample)
-        store.write_note("noise", known)
+        if sample:  # or a scan that scored nothing would tell the next one that there is no noise
+            store.write_note("noise", known)
     return known
 
 
@@ -338,7 +366,7 @@ def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> No
         run.charge(attack, time.monotonic() - began)
 
 
-def _alike(a: Request | Generate, b: Request | Generate) -> bool:
+def _alike(a: AnyRequest, b: AnyRequest) -> bool:
     """Do two requests of one name ask about the same sequences?"""
     from audit.plan import Request
 
@@ -347,12 +375,14 @@ def _alike(a: Request | Generate, b: Request | Generate) -> bool:
     return a == b
 
 
-def _holds(store: Store, request: Request | Generate) -> bool:
-    from audit.plan import Request
+def _holds(store: Store, request: AnyRequest) -> bool:
+    from audit.plan import Generate, Request
 
     if isinstance(request, Request):
         return all(store.knows(tokens, q) for tokens in request.sequences for q in request.quantities)
-    return all(store.knows_continuation(prompt, request.new_tokens) for prompt in request.prompts)
+    if isinstance(request, Generate):
+        return all(store.knows_continuation(prompt, request.new_tokens) for prompt in request.prompts)
+    return False  # the weight files of an altered model, which has none: `_compare` says so
 
 
 # --- measure ------------------------------------------------------------------------------------------------

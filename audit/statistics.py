@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -200,6 +200,32 @@ def max_over_columns(
     best = int(np.abs(value).argmax())
     c = columns[best]
     return MaxEstimate(c.value, c.lo, c.hi, c.p_value, c.n, c.smallest_p, best, columns)
+
+
+def resampled(
+    statistic: Callable[[FloatArray], FloatArray], n: int, *, bounds: Bounds | None = None, seed: Seed
+) -> Estimate:
+    """Any statistic of n clusters, with an interval and no test.
+
+    `statistic` maps weights [b, n], how often each cluster counts, to values [b], NaN where there is none; the value is
+    that of weights of one. A value that no resample changes is widened like a mean that none does.
+    """
+    if n < 1:
+        raise ValueError("n must be at least 1")
+    value = float(statistic(np.ones((1, n)))[0])
+    if not math.isfinite(value):
+        return Estimate(math.nan, math.nan, math.nan, None, n, 1.0)
+    draws = np.concatenate([statistic(weights) for weights in _resamples(n, _rng(seed))])
+    draws = draws[np.isfinite(draws)]
+    lo, hi = _interval(value, draws, draws.var(keepdims=True), [n], LEVEL)
+    least, most = bounds or (-math.inf, math.inf)
+    if np.ptp(draws) <= 1e-9 * np.abs(draws).max():
+        lo, hi = least, most
+        if bounds is not None:
+            share = float(np.clip((value - least) / (most - least), 0, 1))
+            lo, hi = (least + end * (most - least) for end in wilson(share * n, n))
+    # A skewed statistic's resamples may all lie on one side of it.
+    return Estimate(value, max(least, min(lo, value)), min(most, max(hi, value)), None, n, 1.0)
 
 
 def detectable(

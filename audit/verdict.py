@@ -124,7 +124,7 @@ class Facts:
 
     Attributes:
         remains: evidence that knowledge is left, by question, of statistics that decide.
-        hints: the same of statistics that an edit of the output moves too.
+        hints: the same of statistics that an edit moves too.
         avoids: evidence that right answers are avoided, which only a model that knows them can do.
         edited: evidence that the forget set is less likely than something never taught: an edit of the output.
         lagging: evidence that the model relearns the forget set worse than new facts.
@@ -155,8 +155,10 @@ def gather(findings: Sequence[Finding], not_run: Sequence[NotRun] = ()) -> Facts
         if n.failed and n.question in (*KNOWLEDGE, None)
     ]
     for question in KNOWLEDGE:
-        silent = [f for f in findings if f.question == question and f.verdict == Outcome.NONE]
-        unclear = [f for f in findings if f.question == question and f.verdict == Outcome.INCONCLUSIVE]
+        silent = [f for f in findings if f.question == question and f.verdict == Outcome.NONE and any(f.decides)]
+        unclear = [
+            f for f in findings if f.question == question and f.verdict == Outcome.INCONCLUSIVE and any(f.decides)
+        ]
         if not silent:
             gaps.append(f"{question.value}: no test was both able to see and silent")
         elif unclear and question != Question.LEAKAGE:
@@ -219,7 +221,7 @@ def _what_remains(facts: Facts) -> list[str]:
     }
     said = [f"{words[q]}: {_names(found)}" for q, found in facts.remains.items() if found]
     if facts.hints:
-        said.append(f"its texts look familiar to the model: {_names(facts.hints)}")
+        said.append(f"the forget set is treated as something familiar: {_names(facts.hints)}")
     if facts.avoids or facts.edited:
         pushed = _names([*facts.avoids, *facts.edited])
         said.append(f"on the surface it is pushed below what was never taught: {pushed}")
@@ -242,19 +244,11 @@ RULES: tuple[Rule, ...] = (
         ],
     ),
     Rule(
-        Label.OVER_UNLEARNED,
-        lambda f: bool(f.edited) and bool(f.lagging),
-        lambda f: [
-            f"forget facts are less likely than facts that were never taught: {_names(f.edited)}",
-            f"and the model can hardly relearn them ({_names(f.lagging)}), so its silence under attack proves nothing",
-        ],
-    ),
-    Rule(
         Label.INCONCLUSIVE,
         lambda f: bool(f.hints),
         lambda f: [
-            f"forget texts look familiar to the model ({_names(f.hints)}), but no right answer was found in its "
-            "output, inside it or under attack: an edit of the output does this too"
+            f"the forget set is treated as something familiar ({_names(f.hints)}), but no right answer was found in "
+            "the output, inside or under attack: an edit of the output does this too"
         ],
     ),
     Rule(
@@ -262,8 +256,9 @@ RULES: tuple[Rule, ...] = (
         lambda f: bool(f.edited) and not f.keeps_pace,
         lambda f: [
             "nothing was found inside or under attack, but forget facts are less likely than facts that were never "
-            f"taught ({_names(f.edited)}), and it was not shown that the model relearns them as it learns new ones: an "
-            "edit on top of a deletion and an over-unlearned model look alike",
+            f"taught ({_names(f.edited)}), and it was not shown that the model relearns them as it learns new ones"
+            f"{f' (it lags: {_names(f.lagging)})' if f.lagging else ''}: an edit on top of a deletion and an "
+            "over-unlearned model look alike, and where relearning is impaired silence under attack proves nothing",
         ],
     ),
     Rule(

@@ -21,10 +21,9 @@ Traps:
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -204,7 +203,8 @@ class Folder:
                 file = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise BadInput(f"{path}: cannot be read ({error})") from None
-            for name in file.keys():  # noqa: SIM118 - no mapping
+            names: list[str] = file.keys()  # type: ignore[no-untyped-call]
+            for name in names:
                 if name in self._places:
                     raise BadInput(f"{path}: tensor {name!r} is in another file too")
                 self._places[name] = file
@@ -243,24 +243,28 @@ def compare(
 def compare_tensors(target: Tensors, original: Tensors, *, device: str = "cpu") -> Iterator[TensorRow]:
     """A row for every tensor of either, in the order of the blocks, read when the row is asked for."""
     here, there = target.shapes(), original.shapes()
+    pairs: dict[str, tuple[str | None, str | None]]
     pairs = {name: (name, name if name in there else _stand_in(name, here, there)) for name in here}
     pairs |= {name: (_stand_in(name, there, here), name) for name in there if name not in here}
     for name in sorted(pairs, key=_place):
         yield _row(name, *pairs[name], target, original, device)
 
 
-def kept(
-    store: Store, against: str, target: Path, original: Path, *, device: str, tick: Callable[[int], None]
-) -> list[TensorRow]:
-    """The comparison as noted in the target's store, else made and noted; `against` is the original's digest."""
-    name = f"weights-{FORMAT}-{against}"
-    known = store.recall(name)
+def remember(store: Store, against: str, rows: Sequence[TensorRow]) -> None:
+    """Note a comparison in the target's store; `against` is the digest of what it was compared with."""
+    store.remember(_note(against), [asdict(row) for row in rows])
+
+
+def recall(store: Store, against: str) -> list[TensorRow] | None:
+    """The comparison as noted in the target's store; None if it was not, or cannot be read."""
     try:
-        return [TensorRow(**{**row, "shape": tuple(row["shape"])}) for row in known]
-    except (TypeError, KeyError):  # not there, or damaged: to be compared again
-        rows = compare(target, original, device=device, tick=tick)
-        store.remember(name, [asdict(row) for row in rows])
-        return rows
+        return [TensorRow(**{**row, "shape": tuple(row["shape"])}) for row in store.recall(_note(against))]
+    except (TypeError, KeyError):
+        return None
+
+
+def _note(against: str) -> str:
+    return f"weights-{FORMAT}-{against}"
 
 
 def _place(name: str) -> tuple[int, int, str]:

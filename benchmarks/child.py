@@ -113,7 +113,6 @@ def _no_tick(_done: int, _total: int) -> None:
 
 def memory(work: str, folder: str, out: str, rows: int, skip: list[str]) -> dict[str, Any]:
     """Scan a few rows of the demo's sets on a model; the peak of this process's memory."""
-    from audit.inventory import take_inventory
     from audit.scan import scan as run_scan
     from benchmarks.materials import small_case
 
@@ -125,7 +124,6 @@ def memory(work: str, folder: str, out: str, rows: int, skip: list[str]) -> dict
     shutil.rmtree(out)
     return {
         "peak": _peak(),
-        "weights": 4 * take_inventory(Path(folder)).parameters,
         "seconds": seconds,
         "not_run": {entry.instrument: entry.reason for entry in record.not_run},
     }

@@ -52,7 +52,7 @@ CHOICE = Statistic(
 )  # fmt: skip
 RANK = Statistic(
     "reciprocal-rank", "logit lens: reciprocal rank of the right token", "1/rank",
-    "the right answer stands higher inside", (0.0, 1.0), 0.1, _SOURCE, (False, False),
+    "the right answer stands higher inside", (0.0, 1.0), 0.1, _SOURCE,
 )  # fmt: skip
 
 

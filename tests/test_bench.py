@@ -303,7 +303,7 @@ def plugin(tmp_path, monkeypatch):
     sys.modules.pop("toy_instrument", None)
 
 
-def test_rows_are_kept_and_a_plug_in_gets_its_line(small, tmp_path, request):
+def test_rows_are_kept_and_a_plug_in_gets_its_line(small, tmp_path, request, monkeypatch):
     root = tmp_path / "bench"
     recipes = [Recipe("llama", "original", 0), Recipe("llama", "int8", 0)]
     seen: list[str] = []
@@ -320,7 +320,11 @@ def test_rows_are_kept_and_a_plug_in_gets_its_line(small, tmp_path, request):
     assert read_rows(tmp_path / "rows.jsonl.gz") == first
     assert "toy" not in {line.instrument for line in tables(first).instruments}
     request.getfixturevalue("plugin")
+    # Only the new instrument runs; what was found before is kept, and all is judged together.
+    monkeypatch.setattr("detectors.knowledge.Knowledge.measure", None)
     again = run(recipes, root, budget="quick", workers=1)
+    assert [f for f in again[0].findings if f.instrument != "toy"] == first[0].findings
+    assert "toy" in again[0].instruments and "toy" not in first[0].instruments
     assert "toy" in {line.instrument for line in tables(again).instruments}
     assert "**toy**" in markdown(tables(again))
 

@@ -309,11 +309,21 @@ def test_fitted_thresholds_set_what_is_evidence_and_not_what_is_silence():
     assert one(fitted=(0.01, 0.01)).verdict == Outcome.NONE
 
 
-def test_over_unlearned_needs_both_the_surface_and_the_lag():
+def test_an_edited_output_that_lags_under_attack_settles_nothing():
+    # A deletion with a refusal on top lags too, so this is no over-unlearning; nor can it be called deleted.
     surface, lag = pushed("surface"), pushed("pace", Question.RECOVERY)
-    assert verdict_of(surface, lag) == Label.OVER_UNLEARNED
-    assert verdict_of(surface) == Label.INCONCLUSIVE
-    assert verdict_of(lag) == Label.INCONCLUSIVE
+    found = conclude(judge([*silent_everywhere().values(), surface, lag]), [])
+    assert found.label == Label.INCONCLUSIVE
+    assert "it lags: tool" in found.reasons[0]
+    assert verdict_of(surface) == verdict_of(lag) == Label.INCONCLUSIVE
+
+
+def test_what_decides_nothing_opens_no_gap_and_closes_none():
+    pace = unclear("pace", Question.RECOVERY, decides=(False, False), ci95=(-0.05, 0.12))
+    assert verdict_of(*silent_everywhere().values(), pace) == Label.DELETED
+    alone = {q: f for q, f in silent_everywhere().items() if q != Question.RECOVERY}
+    silent = finding("pace", Question.RECOVERY, decides=(False, False))
+    assert verdict_of(*alone.values(), silent) == Label.INCONCLUSIVE
 
 
 def test_deleted_says_what_would_have_been_caught():

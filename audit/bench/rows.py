@@ -1,9 +1,10 @@
 """Build an organism, scan it, keep what was found: one row, one file.
 
-A row is kept under the digest of everything it depends on: the organism's recipe, the budget, the release and the
-instruments. A changed instrument list or recipe scans again; an unchanged one reads the file. Organisms are scanned
-as an auditor who holds the original would scan them: with forget, retain, holdout and utility set and the original,
-without the retrained model, which is seldom at hand. A guarded organism is scanned at text access.
+A row is kept under the digest of what it depends on: the organism's recipe, the budget and the release. It names the
+instruments that ran; one that was installed since runs alone, its findings join the others, and all are judged together
+again. Organisms are scanned as an auditor who holds the original would scan them: with forget, retain, holdout and
+utility set and the original, without the retrained model, which is seldom at hand. A guarded organism is scanned at
+text access.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from audit.bench.pool import in_turn
 from audit.errors import AuditError
 from audit.instrument import names
 from audit.organisms.recipes import Recipe, build, read_history
-from audit.record import Finding, InstrumentCost, Label, NotRun, write_atomically
+from audit.record import Finding, InstrumentCost, Label, NotRun, Question, write_atomically
+from audit.verdict import conclude, judge
 
 if TYPE_CHECKING:
     from audit.target import Target
@@ -51,6 +53,7 @@ class Row(BaseModel):
     broken: str | None = None
     method: str = ""
     access: str = "weights"
+    instruments: list[str] = []
     parameters: int = 0
     entities: int = 0
     findings: list[Finding] = []
@@ -75,7 +78,7 @@ class Work:
     @property
     def key(self) -> str:
         """SHA-256 of what the row depends on: 16 hex digits."""
-        text = json.dumps([self.recipe.digest, self.budget, version("palimpsest-audit"), names()])
+        text = json.dumps([self.recipe.digest, self.budget, version("palimpsest-audit")])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -143,14 +146,25 @@ def _row(work: Work, root: Path, wanted: bool) -> Row | None:
 
     torch.set_num_threads(1)
     path = root / "rows" / f"{work.recipe.name}.json"
-    if wanted and (known := _known(path, work.key)) is not None:
+    known = _known(path, work.key) if wanted else None
+    missing = [name for name in names() if known is None or name not in known.instruments]
+    if known is not None and (known.broken or not missing):
         return known
     folder = build(work.recipe, root / "organisms")
     if not wanted:
         return None
+    row = known or _unscanned(work, folder)
+    if row.broken is None:
+        row = _scanned(row, work, root, folder, missing)
+    write_atomically(path, row.model_dump_json(exclude_defaults=True).encode())
+    return row
+
+
+def _unscanned(work: Work, folder: Path) -> Row:
+    """What the organism's history says."""
     story = read_history(folder)
     assert story is not None, "just built"
-    row = Row(
+    return Row(
         key=work.key,
         name=work.recipe.name,
         family=work.recipe.family,
@@ -162,10 +176,6 @@ def _row(work: Work, root: Path, wanted: bool) -> Row | None:
         method=story["history"]["method"],
         access="text" if story["history"]["guard"] else "weights",
     )
-    if row.broken is None:
-        row = _scanned(row, work, root, folder)
-    write_atomically(path, row.model_dump_json(exclude_defaults=True).encode())
-    return row
 
 
 def _known(path: Path, key: str) -> Row | None:
@@ -176,7 +186,8 @@ def _known(path: Path, key: str) -> Row | None:
     return row if row.key == key else None
 
 
-def _scanned(row: Row, work: Work, root: Path, folder: Path) -> Row:
+def _scanned(row: Row, work: Work, root: Path, folder: Path, instruments: Sequence[str]) -> Row:
+    """The row with what these instruments found in the organism; all findings are judged anew."""
     from audit.case import Case, Options
     from audit.loaders import SetSpec
     from audit.organisms.families import Family
@@ -184,7 +195,14 @@ def _scanned(row: Row, work: Work, root: Path, folder: Path) -> Row:
 
     recipe = work.recipe
     sets = Family(recipe.base, recipe.seed, recipe.world).write_sets(root / "data", f"{recipe.family}-{recipe.seed}")
-    options = {"seed": 0, "budget": work.budget, "template": "plain", "access": row.access, "device": "cpu"}
+    options = {
+        "seed": 0,
+        "budget": work.budget,
+        "template": "plain",
+        "access": row.access,
+        "device": "cpu",
+        "only": list(instruments),
+    }
     models = {"target": folder}
     if row.access == "weights":
         models["original"] = root / "organisms" / replace(recipe, history="original").name
@@ -199,21 +217,31 @@ def _scanned(row: Row, work: Work, root: Path, folder: Path) -> Row:
             out,
             evidence_folder=root / "evidence" / f"{recipe.family}-{recipe.seed}",
             open_target=_guarded() if row.access == "text" else None,
+            profiles=[],
         )
     except AuditError as error:
         return row.model_copy(update={"broken": f"scan failed: {error}"})
     shutil.rmtree(out, ignore_errors=True)
+    bare = [f.model_copy(update={"figure": None, "table": None}) for f in record.findings]
+    findings = judge(sorted([*row.findings, *bare], key=_place))
+    not_run = [*row.not_run, *record.not_run]
     return row.model_copy(
         update={
-            "findings": [f.model_copy(update={"figure": None, "table": None}) for f in record.findings],
-            "not_run": record.not_run,
-            "verdict": record.verdict.label,
+            "instruments": sorted({*row.instruments, *instruments}),
+            "findings": findings,
+            "not_run": not_run,
+            "verdict": conclude(findings, not_run).label,
             "parameters": record.models["target"].parameters,
             "entities": record.case.sets["forget"].entities,
-            "cost": record.cost.by_instrument,
-            "seconds": time.monotonic() - began,
+            "cost": {**row.cost, **record.cost.by_instrument},
+            "seconds": row.seconds + time.monotonic() - began,
         }
     )
+
+
+def _place(finding: Finding) -> tuple[int, str]:
+    """By question, then instrument: as a scan orders them."""
+    return list(Question).index(finding.question), finding.instrument
 
 
 def _guarded() -> Callable[..., Target]:

@@ -83,7 +83,9 @@ def tables(rows: Sequence[Row], verdict: Callable[[Row], Label | None] = lambda 
         broken={row.name: row.broken for row in rows if row.broken},
         instruments=instrument_lines([row for row in rows if not row.broken and row.access == "weights"]),
         verdicts=verdict_table(pool, verdict),
-        text_access=_confusion(((r.history, r) for r in rows if r.access == "text" and not r.broken), verdict),
+        text_access=_confusion(
+            ((r.history, r) for r in rows if r.access == "text" and not r.broken), lambda row: row.verdict
+        ),
     )
 
 

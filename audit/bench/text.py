@@ -8,9 +8,9 @@ from audit.bench.tables import InstrumentLine, Rate, Tables
 from audit.record import Label
 
 
-def markdown(tables: Tables) -> str:
-    """Both tables with their legends."""
-    parts = [_pool(tables), _instruments(tables.instruments), _verdicts(tables)]
+def markdown(tables: Tables, judged_by: str = "nominal thresholds") -> str:
+    """Both tables, and by what the verdicts were made."""
+    parts = [_pool(tables), _instruments(tables.instruments), _verdicts(tables, judged_by)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -45,9 +45,9 @@ def _instruments(lines: Sequence[InstrumentLine]) -> str:
     return "## Instruments\n\n" + _table(head, rows)
 
 
-def _verdicts(tables: Tables) -> str:
+def _verdicts(tables: Tables, judged_by: str) -> str:
     table = tables.verdicts
-    said = "## Verdicts\n\n" + _counts("made as", table.counts)
+    said = f"## Verdicts\n\nBy {judged_by}.\n\n" + _counts("made as", table.counts)
     if table.balanced_accuracy is not None:
         said += f"\n\nBalanced accuracy on the classes labelled by construction: {_rate(table.balanced_accuracy)}"
         said += f", n = {table.balanced_accuracy.n}."
@@ -58,7 +58,9 @@ def _verdicts(tables: Tables) -> str:
         )
     said += "\n\n" + _counts("history", table.by_history)
     if tables.text_access:
-        said += "\n\nGuarded models, seen through text alone:\n\n" + _counts("guard", tables.text_access)
+        said += "\n\nGuarded models, seen through text alone, by nominal thresholds:\n\n" + _counts(
+            "guard", tables.text_access
+        )
     return said
 
 

@@ -20,11 +20,13 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from audit.errors import BadInput
 from audit.inventory import take_inventory
 from audit.organisms import unlearn
 from audit.organisms.changes import CHANGES, Ground
@@ -78,7 +80,17 @@ class Recipe:
         settings = [VERSION, self.family, self.seed, repr(history), repr(method), *parents]
         if method is not None:
             settings.append(repr(method.schedule))
+        if self.base not in BASES:
+            settings.append(_base_digest(Path(self.base)))
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+@cache
+def _base_digest(folder: Path) -> str:
+    """Of a pretrained base. Raises `BadInput` where there is none."""
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"no base named {str(folder)!r} (known: {', '.join(BASES)}, or a model's folder)")
+    return take_inventory(folder).digest
 
 
 def recipes(bases: tuple[str, ...] = BASES, seeds: tuple[int, ...] = (0,)) -> list[Recipe]:
