@@ -17,7 +17,7 @@ from audit.capture import Engine
 from audit.case import ROLES, SETS, Case, Options
 from audit.errors import BadInput
 from audit.instrument import GROUP, Access, Attack, Broken, Instrument, load, load_all, names, select
-from audit.plan import Generate, Request
+from audit.plan import AnyRequest, Generate, Request, Weights
 from audit.quantities import Quantity
 from audit.record import Control, Finding, Outcome, Question, Record, Side
 from audit.target import Target
@@ -99,9 +99,11 @@ def test_missing_names_a_set_it_cannot_do_without(instrument):
 # --- what every instrument asks
 
 
-def request_key(request: Request | Generate) -> Any:
+def request_key(request: AnyRequest) -> Any:
     if isinstance(request, Generate):
         return "generate", request.prompts, request.new_tokens
+    if isinstance(request, Weights):
+        return "weights", request.against
     return "score", request.sequences
 
 
@@ -109,7 +111,7 @@ def request_key(request: Request | Generate) -> Any:
 def test_requests(instrument, case, role):
     target = open_target("original", role)
     made = list(instrument.requests(case, target))
-    assert all(isinstance(request, Request | Generate) for request in made)
+    assert all(isinstance(request, AnyRequest) for request in made)
     assert len({request.name for request in made}) == len(made), "every request has a purpose of its own"
     if role == "target":
         assert made
@@ -117,6 +119,8 @@ def test_requests(instrument, case, role):
         if isinstance(request, Request):
             assert request.quantities
             assert all(isinstance(quantity, Quantity) for quantity in request.quantities)
+        elif isinstance(request, Weights):
+            assert request.against in ROLES
         else:
             assert request.prompts
             assert request.new_tokens > 0

@@ -25,6 +25,7 @@ from audit.statistics import (
     max_over_columns,
     mean_estimate,
     one_sample,
+    resampled,
     tpr_at_fpr,
     two_sample,
     wilson,
@@ -566,6 +567,38 @@ def test_bag_of_words_at_the_edges():
 def test_bad_input_is_named(call, name):
     with pytest.raises(ValueError, match=name):
         call()
+
+
+def test_resampled_is_the_mean_s_interval_for_a_mean():
+    x = np.random.default_rng(3).normal(size=25)
+    found = resampled(lambda w: (w @ x) / w.sum(axis=1), 25, seed=5)
+    by_mean = mean_estimate(x, np.arange(25), seed=5)
+    assert (found.value, found.lo, found.hi) == pytest.approx((by_mean.value, by_mean.lo, by_mean.hi))
+    assert (found.n, found.p_value, found.smallest_p) == (25, None, 1.0)
+    ones = resampled(lambda w: (w @ np.ones(7)) / w.sum(axis=1), 7, bounds=(0, 1), seed=5)
+    assert (ones.value, ones.hi) == (1.0, 1.0)
+    assert ones.lo == pytest.approx(wilson(7, 7)[0]), "what no resample changes may still be otherwise"
+    unbounded = resampled(lambda w: np.full(len(w), 2.0), 7, seed=5)
+    assert (unbounded.lo, unbounded.hi) == (-math.inf, math.inf)
+
+
+def test_resampled_covers_a_ratio_of_sums():
+    rng, hits = np.random.default_rng(4), 0
+    for i in range(200):
+        size = rng.integers(1, 20, 30).astype(float)
+        part = size * rng.beta(2, 3, 30)  # true ratio 0.4
+        found = resampled(lambda w, p=part, s=size: (w @ p) / (w @ s), 30, bounds=(0, 1), seed=i)
+        assert found.lo <= found.value <= found.hi
+        hits += found.lo <= 0.4 <= found.hi
+    assert hits / 200 > 0.9
+
+
+def test_resampled_without_a_value_says_nothing():
+    assert math.isnan(resampled(lambda w: np.full(len(w), np.nan), 3, seed=0).value)
+    half = resampled(lambda w: np.where(w[:, 0] > 0, 0.5 + 0.1 * w[:, 1], np.nan), 3, bounds=(0, 1), seed=0)
+    assert 0 <= half.lo <= half.value <= half.hi <= 1, "resamples without a value are left out"
+    with pytest.raises(ValueError, match="n must be"):
+        resampled(lambda w: w[:, 0], 0, seed=0)
 
 
 def test_integer_and_text_labels_of_one_list_stay_apart():
