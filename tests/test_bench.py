@@ -179,8 +179,9 @@ def test_the_confusion_matrix_counts():
 
 def test_thresholds_are_the_largest_effects_of_the_never_taught():
     fitted = thresholds([row("deleted", 0.06), row("deleted", -0.04)])
-    assert fitted["knowledge/choice"] == pytest.approx((MARGIN * 0.06, MARGIN * 0.04))
-    assert fitted["lens/choice"] == pytest.approx((MARGIN * 0.06, FLOOR * 0.1))
+    assert fitted["knowledge/choice"] == pytest.approx((0.1, MARGIN * 0.04))
+    assert fitted["lens/choice"] == pytest.approx((0.1, FLOOR * 0.1))
+    assert thresholds([row("deleted", 0.2)])["lens/choice"] == pytest.approx((MARGIN * 0.2, FLOOR * 0.1))
 
 
 def test_held_out_verdicts_are_fitted_on_the_unlike(monkeypatch):
@@ -354,6 +355,10 @@ def test_the_full_pool_is_as_large_as_promised():
 def test_what_a_wave_starts_from_lies_in_the_waves_before():
     waves = pool.in_turn([Recipe("llama", "npo+nf4", 0), Recipe("llama", "benign", 0)])
     assert [sorted(r.history for r in wave) for wave in waves] == [["original"], ["npo"], ["benign", "npo+nf4"]]
+    # A scan has the original beside it, so nothing is scanned before that is built.
+    assert [[r.history for r in w] for w in pool.in_turn([Recipe("llama", "retrained", 0)])] == [
+        ["original"], ["retrained"],
+    ]  # fmt: skip
     assert all(r.history in {x.history for w in pool.in_turn(pool.quick()) for x in w} for r in pool.quick())
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,14 +18,6 @@ SEES = Control(name="positive control", description="retain", estimate=0.9, pass
 BLIND = SEES.model_copy(update={"estimate": 0.0, "passed": False})
 UNFAIR = Control(name="bag of words", description="words", estimate=0.9, passed=False, gates="evidence")
 FAIR = UNFAIR.model_copy(update={"estimate": 0.5, "passed": True})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def light_collections() -> Iterator[None]:
-    """`multipletests` collects garbage at every call, which costs 0.1 s once torch is imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def finding(name: str = "x", question: Question = Question.LEAKAGE, **values: Any) -> Finding:

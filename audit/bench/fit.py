@@ -1,7 +1,9 @@
 """Fit a reference profile on a bench's rows, and judge it on rows it was not fitted on.
 
 What is fitted is little: for every statistic, on either side, the largest effect that models that were never taught
-showed, and a quarter more, but no less than a quarter of the nominal threshold. The tests and the rules stay.
+showed, and a quarter more. Where more is known than never taught, that is no less than the nominal threshold, which
+is the least effect worth the name; where less is, no less than a quarter of it, since an accuracy of one in ten has
+not far to fall. The tests and the rules stay.
 
 Every row is judged by thresholds from rows that share neither its seed, nor its base, nor what was done to it. Where
 all rows have one base or one seed, that cannot be asked, and the profile's `basis` says so.
@@ -22,7 +24,7 @@ from audit.verdict import KNOWLEDGE, conclude, judge
 
 MARGIN = 1.25
 FLOOR = 0.25
-"""Of the nominal threshold."""
+"""Of the nominal threshold, below the null value."""
 
 Thresholds = dict[str, tuple[float, float]]
 
@@ -36,9 +38,9 @@ def thresholds(never: Iterable[Row]) -> Thresholds:
                 seen.setdefault(f.id, []).append((f.estimate - f.null_value, f.threshold))
     fitted = {}
     for identity, effects in sorted(seen.items()):
-        least = FLOOR * effects[0][1]
-        above = max(least, MARGIN * max(effect for effect, _ in effects))
-        below = max(least, MARGIN * max(-effect for effect, _ in effects))
+        nominal = effects[0][1]
+        above = max(nominal, MARGIN * max(effect for effect, _ in effects))
+        below = max(FLOOR * nominal, MARGIN * max(-effect for effect, _ in effects))
         fitted[identity] = (above, below)
     return fitted
 

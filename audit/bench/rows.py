@@ -155,7 +155,10 @@ def _row(work: Work, root: Path, wanted: bool) -> Row | None:
         return None
     row = known or _unscanned(work, folder)
     if row.broken is None:
-        row = _scanned(row, work, root, folder, missing)
+        try:
+            row = _scanned(row, work, root, folder, missing)
+        except AuditError as error:  # said in the tables, and tried again next time
+            return row.model_copy(update={"broken": f"scan failed: {error}"})
     write_atomically(path, row.model_dump_json(exclude_defaults=True).encode())
     return row
 
@@ -210,17 +213,14 @@ def _scanned(row: Row, work: Work, root: Path, folder: Path, instruments: Sequen
     out = root / "scans" / recipe.name
     shutil.rmtree(out, ignore_errors=True)
     began = time.monotonic()
-    try:
-        # The original's evidence serves every scan of the family.
-        record = scan(
-            case,
-            out,
-            evidence_folder=root / "evidence" / f"{recipe.family}-{recipe.seed}",
-            open_target=_guarded() if row.access == "text" else None,
-            profiles=[],
-        )
-    except AuditError as error:
-        return row.model_copy(update={"broken": f"scan failed: {error}"})
+    # The original's evidence serves every scan of the family.
+    record = scan(
+        case,
+        out,
+        evidence_folder=root / "evidence" / f"{recipe.family}-{recipe.seed}",
+        open_target=_guarded() if row.access == "text" else None,
+        profiles=[],
+    )
     shutil.rmtree(out, ignore_errors=True)
     bare = [f.model_copy(update={"figure": None, "table": None}) for f in record.findings]
     findings = judge(sorted([*row.findings, *bare], key=_place))
