@@ -28,13 +28,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from audit.errors import BadInput
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from audit.evidence import Store
 
 FORMAT = 1
@@ -57,6 +57,8 @@ def effective_rank(matrix: Tensor) -> float:
     Returns:
         From 1 (one direction) to min(m, n) (all alike). NaN for a matrix of zeros.
     """
+    import torch
+
     values = _spectrum(matrix)
     total = values.sum()
     if total == 0:
@@ -83,6 +85,8 @@ def stable_rank(matrix: Tensor) -> float:
 
 def _spectrum(matrix: Tensor) -> Tensor:
     """Singular values [k] as float64."""
+    import torch
+
     values = torch.linalg.svdvals(matrix.float()) if matrix.ndim == 2 else matrix
     return values.double()
 
@@ -92,6 +96,8 @@ def int4_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     The plain recipe (Dettmers & Zettlemoyer 2023, arXiv 2212.09720, without blocks). A row of zeros has width 0.
     """
+    import torch
+
     width = weight.abs().amax(dim=1, keepdim=True) / _INT4_TOP
     return (weight / width.where(width > 0, torch.ones_like(width))).round(), width
 
@@ -307,6 +313,8 @@ def _row(name: str, here: str | None, there: str | None, target: Tensors, origin
 
 def _measures(w: Tensor, w0: Tensor) -> dict[str, Any]:
     """The numbers of a row."""
+    import torch
+
     change = w - w0
     found: dict[str, Any] = {
         "norm": float(torch.linalg.vector_norm(change, dtype=torch.float64)),

@@ -368,7 +368,7 @@ def test_a_scan_at_text_access(tmp_path, monkeypatch):
     left_out = {row.instrument: row for row in record.not_run}
     withheld = {"knowledge/probability", "knowledge/choice", "knowledge/truth-ratio"}
     withheld |= {"memorization/exact", "memorization/extraction-strength"}
-    assert set(left_out) == withheld | {"membership", "remind", "utility", "lens", "relearn"}
+    assert set(left_out) == withheld | {"membership", "remind", "utility", "lens", "relearn", "weights"}
     assert not any(row.failed for row in record.not_run)
     assert left_out["knowledge/choice"].reason == "needs access to logprobs, the audit has text"
     assert "knowledge/choice" in record.verdict.coverage[Question.LEAKAGE]

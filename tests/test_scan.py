@@ -64,7 +64,7 @@ def test_the_record_of_the_tiny_world():
     record = scanned.record
     assert record.not_run == []
     assert {f.instrument for f in record.findings} == {
-        "knowledge", "memorization", "membership", "remind", "utility", "lens", "relearn"
+        "weights", "knowledge", "memorization", "membership", "remind", "utility", "lens", "relearn"
     }  # fmt: skip
     assert list(record.models) == ["target", "original", "retrained"]
     assert set(record.case.sets) == {"forget", "retain", "holdout", "utility"}
