@@ -157,7 +157,7 @@ def _basis(pool: Sequence[Row]) -> str:
         shared.append("seed")
     kinds = ", ".join(sorted({row.family for row in pool}))
     apart = [word for word in ("seed", "base") if word not in shared]
-    said = f"each judged by thresholds from models that share neither {', '.join(['its treatment', *apart])} with it"
+    said = f"each judged by thresholds from models that share neither {' nor '.join(['treatment', *apart])} with it"
     if shared:
         said += f" (all share one {' and one '.join(shared)})"
     return f"{said}; {len(pool)} models, {kinds}"
