@@ -247,20 +247,20 @@ def error_rate(rate: ErrorRate) -> str:
     """How often such a verdict is wrong, in words."""
     if rate.estimate is None and rate.upper95 is None:
         return "Not measured for this case."
-    parts = [f"{NOT_COMPUTED if rate.estimate is None else f'{number(100 * rate.estimate)} %'}"]
-    if rate.upper95 is not None:
-        parts.append(f"at most {number(100 * rate.upper95)} % with 95 % confidence")
-    parts.append(f"measured on {plural(rate.n, 'model')}")
-    return ", ".join(parts) + (f" ({rate.basis})." if rate.basis else ".")
+    return _counted(rate, "at most", rate.upper95)
 
 
 def power(found: Power) -> str:
     """How often knowledge that is hidden is found, in words."""
     if found.estimate is None:
         return "Not measured for this case."
-    parts = [f"{number(100 * found.estimate)} %"]
-    if found.lower95 is not None:
-        parts.append(f"at least {number(100 * found.lower95)} % with 95 % confidence")
+    return _counted(found, "at least", found.lower95)
+
+
+def _counted(found: ErrorRate | Power, side: str, bound: float | None) -> str:
+    parts = [NOT_COMPUTED if found.estimate is None else f"{number(100 * found.estimate)} %"]
+    if bound is not None:
+        parts.append(f"{side} {number(100 * bound)} % with 95 % confidence")
     parts.append(f"measured on {plural(found.n, 'model')}")
     return ", ".join(parts) + (f" ({found.basis})." if found.basis else ".")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from audit.errors import BadInput
 from audit.terminal import bars, err, out, stages
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ def build_organisms(
 @organisms.command("show")
 def show_organism(folder: Annotated[Path, typer.Argument(help="an organism's folder")]) -> None:
     """The true history of one organism."""
-    from audit.errors import BadInput
     from audit.organisms.recipes import read_history
 
     told = read_history(folder)
@@ -76,7 +76,6 @@ def show_organism(folder: Annotated[Path, typer.Argument(help="an organism's fol
 
 
 def _whole_numbers(text: str) -> list[int]:
-    from audit.errors import BadInput
 
     try:
         return [int(part) for part in text.split(",")]
@@ -85,7 +84,6 @@ def _whole_numbers(text: str) -> list[int]:
 
 
 def _check_histories(names: set[str]) -> None:
-    from audit.errors import BadInput
     from audit.organisms.histories import AFTERWARDS, histories
 
     known = histories()
@@ -113,8 +111,8 @@ def bench(
 ) -> None:
     """Measure every instrument, and the verdict, on models of known history."""
     from audit.bench import pool
-    from audit.bench.fit import held_out, usable
-    from audit.bench.rows import read_rows, run, write_rows
+    from audit.bench.fit import held_out
+    from audit.bench.rows import read_rows, run, usable, write_rows
     from audit.bench.tables import tables
     from audit.bench.text import markdown
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from audit.bench.rows import Row
+from audit.bench.rows import Row, usable
 from audit.bench.tables import verdict_table
 from audit.errors import BadInput
 from audit.profile import Domain, Profile
@@ -43,11 +43,6 @@ def thresholds(never: Iterable[Row]) -> Thresholds:
         below = max(FLOOR * nominal, MARGIN * max(-effect for effect, _ in effects))
         fitted[identity] = (above, below)
     return fitted
-
-
-def usable(rows: Sequence[Row]) -> list[Row]:
-    """The rows that a profile is made of: whole, seen through their weights, and not attacked afterwards."""
-    return [row for row in rows if not row.broken and not row.afterwards and row.access == "weights"]
 
 
 def held_out(rows: Sequence[Row]) -> Callable[[Row], Label]:

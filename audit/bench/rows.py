@@ -9,6 +9,7 @@ text access.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from audit.bench.pool import in_turn
-from audit.errors import AuditError
+from audit.errors import AuditError, BadInput
 from audit.instrument import names
 from audit.organisms.recipes import Recipe, build, read_history
 from audit.record import Finding, InstrumentCost, Label, NotRun, Question, write_atomically
@@ -116,15 +117,16 @@ def _done(tasks: Sequence[tuple[Work, Path, bool]], workers: int) -> Iterator[tu
             yield futures[future], future.result()
 
 
+def usable(rows: Iterable[Row]) -> list[Row]:
+    """The rows that a pool may hold: whole, seen through their weights, and not attacked afterwards."""
+    return [row for row in rows if not row.broken and not row.afterwards and row.access == "weights"]
+
+
 def read_rows(path: Path) -> list[Row]:
     """Rows from a file with one JSON object a line (as `write_rows` makes), or a bench's folder."""
-    from audit.errors import BadInput
-
     try:
         if path.is_dir():
             return [Row.model_validate_json(file.read_bytes()) for file in sorted((path / "rows").glob("*.json"))]
-        import gzip
-
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8") as file:
             return [Row.model_validate_json(line) for line in file]
@@ -134,8 +136,6 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:
     """All rows in one gzipped file, one JSON object a line, byte for byte the same for the same rows."""
-    import gzip
-
     text = "".join(row.model_dump_json(exclude_defaults=True) + "\n" for row in rows)
     write_atomically(path, gzip.compress(text.encode(), mtime=0))
 

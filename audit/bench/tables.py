@@ -22,7 +22,7 @@ from statistics import fmean, harmonic_mean
 
 from pydantic import BaseModel
 
-from audit.bench.rows import Row
+from audit.bench.rows import Row, usable
 from audit.organisms.histories import BY_CONSTRUCTION, LABELS
 from audit.record import Finding, Label, Outcome, Question, Side
 from audit.statistics import auc_two_sample, clopper_pearson
@@ -77,7 +77,7 @@ class Tables(BaseModel):
 
 def tables(rows: Sequence[Row], verdict: Callable[[Row], Label | None] = lambda row: row.verdict) -> Tables:
     """Both tables. `verdict` may judge a row anew, by a profile fitted on others."""
-    pool = [row for row in rows if not row.broken and not row.afterwards and row.access == "weights"]
+    pool = usable(rows)
     return Tables(
         organisms=dict(sorted(Counter(row.label for row in pool).items())),
         broken={row.name: row.broken for row in rows if row.broken},

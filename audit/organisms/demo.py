@@ -34,6 +34,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from audit.organisms.datasets import Dealt
 from audit.organisms.methods.npo import Npo
 from audit.organisms.train import (
     answer_nll,
@@ -92,7 +93,7 @@ class DemoCase:
     """Wall time per stage."""
 
 
-def demo_sets(world: World) -> dict[str, list[Row]]:
+def demo_sets(world: World | Dealt) -> dict[str, list[Row]]:
     """Choose the sets of an audit: at most 40 people each, 20 for utility, and one phrasing per fact."""
     return {
         "forget": world.rows("forget"),

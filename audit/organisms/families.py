@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from audit.errors import BadInput
 from audit.organisms.datasets import Dealt, deal
-from audit.organisms.demo import FROM_BASE_SIZES, write_jsonl
+from audit.organisms.demo import FROM_BASE_SIZES, demo_sets, write_jsonl
 from audit.organisms.train import new_model, word_tokenizer
 from audit.organisms.world import Row, World, make_world
 from audit.target import quiet
@@ -72,13 +72,7 @@ class Family:
     @cached_property
     def sets(self) -> dict[str, list[Row]]:
         """The example sets of an audit: at most 40 people each, 20 for utility, and one phrasing per fact."""
-        world = self.world
-        return {
-            "forget": world.rows("forget"),
-            "retain": world.rows("retain", people=40),
-            "holdout": world.rows("holdout"),
-            "utility": world.rows("public", people=20),
-        }
+        return demo_sets(self.world)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

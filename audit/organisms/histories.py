@@ -116,6 +116,6 @@ def history_of(name: str) -> History:
         return HISTORIES[name]
     parent, plus, change = name.rpartition("+")
     if plus and change in AFTERWARDS:
-        # Where the forget facts are taught again nothing is left open: they are there.
+        # What it was before; no pool holds it.
         return History(history_of(parent).label, parent=parent, change=change)
     return History(label=unlearn.load(name).label, parent="original", method=name)
