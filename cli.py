@@ -85,6 +85,7 @@ def scan(
     holdout: SetOption = None,
     neighbor: SetOption = None,
     utility: SetOption = None,
+    suspects: SetOption = None,
     columns: Annotated[str | None, typer.Option(help="for all sets: prompt:question,answer:answer,…")] = None,
     original: Annotated[OptionalPath, typer.Option(help="the model before unlearning")] = None,
     retrained: Annotated[OptionalPath, typer.Option(help="trained the same way without the forget set")] = None,
@@ -103,7 +104,8 @@ def scan(
     profile: Annotated[OptionalPath, typer.Option(help="reference profile to judge by, see `audit calibrate`")] = None,
 ) -> None:
     """Audit a model folder: verdict, record.json and report.html."""
-    sets = {"forget": forget, "retain": retain, "holdout": holdout, "neighbor": neighbor, "utility": utility}
+    sets = {"forget": forget, "retain": retain, "holdout": holdout}
+    sets |= {"neighbor": neighbor, "utility": utility, "suspects": suspects}
     models = {"target": model, "original": original, "retrained": retrained}
     options = {
         "only": only,
@@ -360,6 +362,7 @@ forget = "forget.jsonl"
 retain = "retain.jsonl"                     # should have stayed: the positive control
 holdout = "holdout.jsonl"                   # like the forget set, but never trained on: the control that matters most
 # utility = "world_facts.jsonl"             # what else should have stayed
+# suspects = "queries.jsonl"                # which of these were forgotten? prompts; answers and entities if known
 # forget = { path = "full.jsonl", where = { split = "forget01" }, limit = 400 }
 # forget = { path = "mine.csv", columns = { prompt = "q", answer = "a", entity = "author" } }
 

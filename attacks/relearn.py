@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
+from audit.finetune import descend, endless
 from audit.instrument import Access, Attack, Stage
 from audit.loaders import Example
 from audit.plan import Request
@@ -116,52 +117,14 @@ def fine_tune(
     Half of every batch is drawn from `taught`, half from `mixed` (all from `taught` if `mixed` is empty), each
     reshuffled when exhausted. The loss is the mean negative log-likelihood of the scored tokens.
     """
-    import torch
-
     rng = np.random.default_rng(seed)
-    draw = [_endless(taught, rng), _endless(mixed, rng)] if mixed else [_endless(taught, rng)]
-    share = recipe.batch // len(draw)
-    device = next(model.parameters()).device
-    model.requires_grad_(True).eval()  # dropout would make the attack depend on the batch's order of kernels
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
-    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 4))
-    try:
-        for step in range(1, recipe.steps[-1] + 1):
-            batch = [next(source) for source in draw for _ in range(share)]
-            ids, labels = _padded(batch)
-            optimizer.zero_grad(set_to_none=True)
-            logits: Any = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
-            loss: Any = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(device))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            warm.step()
-            if tick is not None:
-                tick(step, recipe.steps[-1])
-            if step in recipe.steps:
-                model.requires_grad_(False)
-                yield step
-                model.requires_grad_(True)
-    finally:
-        model.requires_grad_(False)
-
-
-def _endless(rows: list[Tokens], rng: np.random.Generator) -> Iterator[Tokens]:
-    while True:
-        for i in rng.permutation(len(rows)):
-            yield rows[i]
-
-
-def _padded(batch: list[Tokens]) -> tuple[Any, Any]:
-    import torch
-
-    width = max(len(tokens.ids) for tokens in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    labels = torch.full((len(batch), width), -100)
-    for i, tokens in enumerate(batch):
-        ids[i, : len(tokens.ids)] = torch.tensor(tokens.ids)
-        labels[i, tokens.start : len(tokens.ids)] = ids[i, tokens.start : len(tokens.ids)]
-    return ids, labels
+    draw = [endless(rows, rng) for rows in (taught, mixed) if rows]
+    sources = [(source, recipe.batch // len(draw)) for source in draw]
+    for step in descend(model, sources, recipe.steps[-1], recipe.learning_rate):
+        if tick is not None:
+            tick(step, recipe.steps[-1])
+        if step in recipe.steps:
+            yield step
 
 
 class Relearn(Attack):

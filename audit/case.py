@@ -35,7 +35,7 @@ from audit.instrument import Access
 from audit.loaders import Example, ExampleSet, SetSpec, load_set, overlaps, parse_set_spec
 
 ROLES = ("target", "original", "retrained")
-SETS = ("forget", "retain", "holdout", "neighbor", "utility", "relearn")
+SETS = ("forget", "retain", "holdout", "neighbor", "utility", "relearn", "suspects")
 
 
 class Budget(StrEnum):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from audit.plan import AnyRequest, Request
+from audit.plan import AnyRequest, Patched, Request
 from audit.quantities import Quantity
 from audit.record import write_atomically
 from audit.tokens import Tokens, content_key
@@ -44,7 +44,7 @@ class Place:
 
 
 class Store:
-    """The captures of one model in one context.
+    """The captures of one model in one context, whose `digest` names it.
 
     Args:
         root: the audit's `evidence/` folder.
@@ -53,6 +53,7 @@ class Store:
 
     def __init__(self, root: Path, context: Mapping[str, str]) -> None:
         digest = hashlib.sha256(json.dumps(dict(context), sort_keys=True).encode()).hexdigest()
+        self.digest = digest
         self.folder = root / digest[:16]
         self.damaged: list[str] = []
         self._places: dict[tuple[str, str], Place] = {}
@@ -240,6 +241,21 @@ class Evidence:
                 values |= store.read(tokens, quantity)
             yield values
 
+    def store(self, role: str) -> Store | None:
+        """Where the captures of a role lie; None if it was not captured yet."""
+        return self._stores.get(role)
+
+    def patched(self, role: str, name: str) -> Iterator[Arrays]:
+        """Per sequence of a `Patched` request, the arrays of its quantities, [T, 1 + sites, ...]."""
+        request = self._requests[role, name]
+        assert isinstance(request, Patched)
+        store, source = self._stores[role], self._stores[request.source].digest
+        for tokens in request.sequences:
+            values: Arrays = {}
+            for quantity in request.quantities:
+                values |= store.read(tokens, request.kept(quantity, tokens, source).name)
+            yield values
+
     def texts(self, role: str, name: str) -> list[str]:
         """Decoded greedy continuations, in the order of the request's prompts."""
         return self._texts[role, name]
@@ -253,6 +269,12 @@ class Evidence:
         request = self._requests[role, name]
         assert isinstance(request, Request)
         return request.extra
+
+    def quantities(self, role: str, name: str) -> tuple[Quantity, ...]:
+        """What was asked for at the scored tokens of a request, by whichever instruments."""
+        request = self._requests[role, name]
+        assert isinstance(request, Request)
+        return request.quantities
 
     def sequences(self, role: str, name: str) -> tuple[Tokens, ...]:
         """The sequences of a request."""

@@ -47,6 +47,7 @@ class Instrument(ABC):
         withheld_below: findings that need more, by name, and how much; below that they are left out, and said to be.
         sets: example sets it cannot do without.
         roles: models it cannot do without, besides the target.
+        watches: attacks whose altered models it wants to see as well: `requests` is called for these too.
         reference: the paper, and the section, it comes from.
     """
 
@@ -57,6 +58,7 @@ class Instrument(ABC):
     withheld_below: ClassVar[Mapping[str, Access]] = {}
     sets: ClassVar[tuple[str, ...]] = ("forget",)
     roles: ClassVar[tuple[str, ...]] = ()
+    watches: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str]
 
     def missing(self, case: Case) -> str | None:
@@ -81,7 +83,7 @@ class Instrument(ABC):
 
     @abstractmethod
     def requests(self, case: Case, target: Target) -> Iterable[AnyRequest]:
-        """What must be captured of this model; called once a role (`target.role`), attacked ones included."""
+        """What must be captured of this model; called once a role (`target.role`), altered ones included."""
 
     @abstractmethod
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
@@ -116,6 +118,10 @@ class Attack(Instrument):
     which alters `target.model` in place and yields each stage when it is reached. Afterwards the weights are read
     from disk again, so an attack need not undo anything.
     """
+
+    def cost(self, case: Case, target: Target) -> str:  # noqa: ARG002
+        """What it is about to do, in a few words after its name, for the progress bar."""
+        return ""
 
     @abstractmethod
     def stages(self, case: Case, target: Target) -> Sequence[Stage]:

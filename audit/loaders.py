@@ -30,6 +30,9 @@ from urllib.parse import unquote
 from audit.errors import BadInput
 from audit.presets import AUTO, FIELDS, PRESET_NAMES, CellError, Preset, Row, fit, listed
 
+UNANSWERED = "suspects"
+"""The set whose rows need no answer: queries of which nobody says what should be answered."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -131,6 +134,8 @@ def parse_set_spec(text: str, base: Path = Path()) -> SetSpec:
 def load_set(name: str, spec: SetSpec) -> ExampleSet:
     """Read the set that `spec` describes; raises BadInput, which names file, row and column at fault."""
     rows = _read(spec)
+    if name == UNANSWERED:
+        rows = [_asked(placed) for placed in rows]
     columns = list(dict.fromkeys(column for placed in rows for column in placed.row))
     try:
         preset, fields = fit(spec.preset, columns, spec.columns)
@@ -145,7 +150,8 @@ def load_set(name: str, spec: SetSpec) -> ExampleSet:
     kept = kept[spec.offset :][: spec.limit]
     if not kept:
         raise BadInput(f"{spec.path}: no row is left: offset={spec.offset}, of {total} that are not blank")
-    examples = tuple(_example(f"{name}:{i}", placed, preset, fields) for i, placed in enumerate(kept))
+    unanswered = name == UNANSWERED
+    examples = tuple(_example(f"{name}:{i}", placed, preset, fields, unanswered) for i, placed in enumerate(kept))
     return ExampleSet(name=name, source=str(spec.path), examples=examples, digest=digest(examples))
 
 
@@ -197,6 +203,11 @@ def _where(rows: list[_Placed], spec: SetSpec, preset: Preset, columns: list[str
     return kept
 
 
+def _asked(placed: _Placed) -> _Placed:
+    """A row that need not hold an answer: without one it has an empty one."""
+    return placed if not _absent(placed.row.get("answer")) else placed._replace(row={**placed.row, "answer": ""})
+
+
 def _label(value: Any) -> str | None:
     """A cell as a row filter sees it; None for what it cannot name."""
     if isinstance(value, bool):
@@ -204,13 +215,15 @@ def _label(value: Any) -> str | None:
     return str(value) if isinstance(value, str | int | float) else None
 
 
-def _example(id_: str, placed: _Placed, preset: Preset, fields: Mapping[str, str]) -> Example:
+def _example(id_: str, placed: _Placed, preset: Preset, fields: Mapping[str, str], unanswered: bool) -> Example:
     try:
         row = preset.reshape(placed.row)
         for name, column in fields.items():
             if preset.requires(name):
-                _require(row, column, blank=name == "prompt")
+                _require(row, column, blank=name == "prompt" or unanswered)
         cells = {name: (row.get(column), column) for name, column in fields.items()}
+        if unanswered and all(_blank(row[fields[name]]) for name in ("prompt", "answer") if name in fields):
+            raise CellError(fields["prompt"], "is empty")
         nothing = (None, "")
         entity, column = cells.get("entity", nothing)
         return Example(

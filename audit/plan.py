@@ -8,7 +8,7 @@ their common beginning once; what remains is sorted by length and packed to a to
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -50,7 +50,35 @@ class Weights:
     against: str = "original"
 
 
-AnyRequest = Request | Generate | Weights
+@dataclass(frozen=True)
+class Patched:
+    """Ask for quantities at the scored tokens while the model goes on from another model's states: `audit.patching`.
+
+    Every array has an axis more, [T, 1 + sites, ...]: as the model is, then with the states at one site each put in.
+
+    Attributes:
+        name: how the instrument finds the answer again.
+        sequences: what passes through the model; answers come back in this order.
+        source: the role whose states are put in. It must have been asked for `hidden(*sites)` of these sequences.
+        sites: outputs that are overwritten at the positions that predict the scored tokens.
+        quantities: what is recorded.
+    """
+
+    name: str
+    sequences: tuple[Tokens, ...]
+    source: str
+    sites: tuple[str, ...]
+    quantities: tuple[Quantity, ...] = (TOKEN,)
+
+    def kept(self, quantity: Quantity, tokens: Tokens, source: str) -> Quantity:
+        """The quantity under the name it is stored by, which says what was put in where; `source`: a store's digest.
+
+        The first position is a part of it: what is put in from there on changes all that follows.
+        """
+        return replace(quantity, name=f"{quantity.name}@{tokens.start}<{source}:{','.join(self.sites)}")
+
+
+AnyRequest = Request | Generate | Weights | Patched
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,12 @@ class Outcome(StrEnum):
 
 
 class Side(StrEnum):
-    """On which side of a never-taught model evidence lies."""
+    """What evidence shows; for knowledge, on which side of a never-taught model it lies."""
 
     REMAINS = "remains"  # more than a model that never saw the data: knowledge is left
     BEYOND = "beyond"  # less than such a model: over-unlearning, or an edit of the output
     DAMAGE = "damage"  # something other than the forget set was changed
+    UNLEARNED = "unlearned"  # marks that unlearning leaves, and ordinary edits do not
     NEITHER = "neither"
 
 

@@ -45,7 +45,7 @@ from audit.verdict import KNOWLEDGE, conclude, judge
 if TYPE_CHECKING:
     from audit.capture import Engine
     from audit.evidence import Evidence, Store
-    from audit.plan import AnyRequest, Generate, Request, Weights
+    from audit.plan import AnyRequest, Generate, Patched, Request, Weights
     from audit.target import Target
     from audit.weights import TensorRow
 
@@ -191,7 +191,8 @@ def _capture_all(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     evidence = Evidence()
     run.inventories = inventories
-    for role, inventory in inventories.items():
+    for role in sorted(inventories, key=lambda role: role == "original"):  # last: others' states are put into it
+        inventory = inventories[role]
         target = (open_target or Target)(
             role,
             inventory,
@@ -214,9 +215,10 @@ def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequenc
     """Ask the instruments what they need of this model, and run what the store does not hold."""
     from audit.capture import Engine
     from audit.evidence import Store, context_of
-    from audit.plan import Generate, Request, Weights
+    from audit.plan import Generate, Patched, Request, Weights
 
     requests: list[AnyRequest] = []
+    patches: list[tuple[Instrument, Patched]] = []
     asked: dict[str, AnyRequest] = {}
     context = context_of(target.digest, dtype=str(target.dtype), device=str(target.device))
     store = Store(run.evidence_folder, context)
@@ -234,12 +236,13 @@ def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequenc
         except Exception as error:  # one instrument's fault must not take the others' findings with it
             run.drop(instrument, error)
             continue
-        requests += wanted
+        requests += [request for request in wanted if not isinstance(request, Patched)]
+        patches += [(instrument, request) for request in wanted if isinstance(request, Patched)]
         for name, rows in compared.items():
             evidence.add_weights(target.role, name, rows)
         tokens = sum(len(t.ids) for r in wanted if isinstance(r, Request) for t in r.sequences)
         run.charge(instrument, time.monotonic() - began, tokens)
-    if not requests:
+    if not requests and not patches:
         return
     if store.damaged:
         run.limits.append(f"evidence of {target.role}: {len(store.damaged)} damaged blocks set aside, computed again")
@@ -247,6 +250,7 @@ def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequenc
     try:
         _run_scores(run, target, store, engine, [r for r in requests if isinstance(r, Request)])
         _run_generations(run, target, store, engine, [r for r in requests if isinstance(r, Generate)])
+        requests += _run_patches(run, evidence, store, engine, patches)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise Incomplete(f"{target.inventory.root}: a pass failed: {type(error).__name__}: {error}") from error
     run.cost.forward_tokens += engine.forward_tokens
@@ -260,18 +264,23 @@ def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequenc
 
 
 def _compare(run: _Run, target: Target, store: Store, request: Weights) -> list[TensorRow]:
-    """The target's weight files against another role's: as noted in its store, or compared now and noted."""
+    """A model's weights against another role's: as noted in its store, or compared now and noted.
+
+    An altered model has no files: what it has in memory is compared.
+    """
     from audit import weights
 
     if run.case.options.access < Access.WEIGHTS:
         raise ValueError("asks for weights, and the audit has no access to them")
-    if "+" in target.role:
-        raise ValueError(f"asks for the weight files of {target.role}, which has none")
-    here, there = run.inventories[target.role], run.inventories[request.against]
+    here, there = run.inventories[target.role.split("+")[0]], run.inventories[request.against]
     for inventory in (here, there):
         if inventory.format != "safetensors":
             raise BadInput(f"{inventory.root}: {inventory.format} weights are not compared, only safetensors are")
     rows = weights.recall(store, there.digest)
+    if rows is None and "+" in target.role:
+        altered = weights.InMemory(target.model)
+        rows = list(weights.compare_tensors(altered, weights.Folder(there.root), device=str(target.device)))
+        weights.remember(store, there.digest, rows)
     if rows is None:
         names = {tensor.name for tensor in (*here.tensors, *there.tensors)}
         with run.progress.step(f"weights of {target.role} against {request.against}", len(names)) as tick:
@@ -317,6 +326,35 @@ def _run_generations(run: _Run, target: Target, store: Store, engine: Engine, re
             tick(i + 1)
 
 
+def _run_patches(
+    run: _Run, evidence: Evidence, store: Store, engine: Engine, patches: Sequence[tuple[Instrument, Patched]]
+) -> list[Patched]:
+    """Go on from other models' states; the requests that could be answered. The instrument of another is dropped."""
+    from audit import patching
+
+    answered: list[Patched] = []
+    for instrument, request in patches:
+        if instrument not in run.instruments:  # dropped for another of its requests
+            continue
+        try:
+            source = evidence.store(request.source)
+            if source is None:
+                raise BadInput(f"{request.name}: the {request.source} was not captured before")
+            todo = patching.missing(request, store, source)
+            whole, new = (patching.forward_tokens(request, texts) for texts in (set(request.sequences), todo))
+            run.cost.unique_tokens += whole
+            run.cost.reused_tokens += whole - new
+            run.charge(instrument, 0.0, whole)
+            if todo:
+                with run.progress.step(f"{request.source} put into {engine.target.role}", len(todo)) as tick:
+                    patching.run(engine, request, todo, store, source, tick)
+        except BadInput as error:
+            run.drop(instrument, error)
+        else:
+            answered.append(request)
+    return answered
+
+
 def _noise(store: Store, engine: Engine, requests: list[Request]) -> float:
     """Largest difference between captured and plain log-probabilities, over a few texts of all lengths."""
     known = store.note("noise")
@@ -337,6 +375,7 @@ def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> No
     from audit.evidence import Store, context_of
 
     began = time.monotonic()
+    watching = [attack, *(i for i in run.instruments if attack.name in i.watches)]
     try:
         stages, release = attack.stages(run.case, target), version("palimpsest-audit")
         if not stages:
@@ -345,17 +384,19 @@ def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> No
         complete = True
         for view in altered:
             store = Store(run.evidence_folder, context_of(view.digest, dtype=str(view.dtype), device=str(view.device)))
-            complete = complete and all(_holds(store, request) for request in attack.requests(run.case, view))
+            complete = complete and all(
+                _holds(run, evidence, store, r) for i in watching for r in i.requests(run.case, view)
+            )
         if complete:
             for view in altered:
-                _capture(run, view, evidence, [attack])
+                _capture(run, view, evidence, watching)
             return
-        with run.progress.step(f"attack {attack.name}", 1000) as tick:
+        with run.progress.step(f"attack {attack.name}{attack.cost(run.case, target)}", 1000) as tick:
             reached = attack.run(run.case, target, lambda done, total: tick(int(1000 * done / total)))
             for stage, view in zip(reached, altered, strict=True):
                 assert view.role.endswith(stage.name), f"{attack.name} reached {stage.name} out of order"
                 view.adopt(target)
-                _capture(run, view, evidence, [attack])
+                _capture(run, view, evidence, [i for i in watching if i in run.instruments])
                 view.let_go()  # or the weights of one half would stay while the other is taught
     except Incomplete:
         raise
@@ -375,14 +416,18 @@ def _alike(a: AnyRequest, b: AnyRequest) -> bool:
     return a == b
 
 
-def _holds(store: Store, request: AnyRequest) -> bool:
-    from audit.plan import Generate, Request
+def _holds(run: _Run, evidence: Evidence, store: Store, request: AnyRequest) -> bool:
+    from audit import patching, weights
+    from audit.plan import Generate, Request, Weights
 
     if isinstance(request, Request):
         return all(store.knows(tokens, q) for tokens in request.sequences for q in request.quantities)
     if isinstance(request, Generate):
         return all(store.knows_continuation(prompt, request.new_tokens) for prompt in request.prompts)
-    return False  # the weight files of an altered model, which has none: `_compare` says so
+    if isinstance(request, Weights):
+        return weights.recall(store, run.inventories[request.against].digest) is not None
+    source = evidence.store(request.source)
+    return source is not None and not patching.missing(request, store, source)
 
 
 # --- measure ------------------------------------------------------------------------------------------------

@@ -195,6 +195,11 @@ class Target:
         return frozenset(self.tokenizer.all_special_ids)
 
     @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model gives a probability; needs no weights."""
+        return int(self._config.vocab_size)
+
+    @property
     def context_length(self) -> int:
         """Longest sequence the model takes; 2048 where the configuration does not say."""
         if self._context_length is None:

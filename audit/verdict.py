@@ -106,7 +106,7 @@ def _decide(finding: Finding, adjusted: float | None) -> tuple[Outcome, Side, st
 
 def _towards_alarm(finding: Finding, lo: float, hi: float) -> float:
     """How far the interval reaches towards the side that raises the alarm."""
-    alarm = (Side.REMAINS, Side.DAMAGE)
+    alarm = (Side.REMAINS, Side.DAMAGE, Side.UNLEARNED)
     reach = []
     if finding.sides[0] in alarm:
         reach.append((hi if finding.bound is None else finding.bound) - finding.null_value)

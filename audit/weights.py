@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Of the rows; part of the name they are kept under, so that numbers made otherwise are never served."""
 
+AFTER_BLOCKS = 10**6
+"""The `site` of what comes after all blocks: final norm and head."""
+
 _INT4_TOP = 7
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -172,6 +175,11 @@ class TensorRow:
         return self.block is None and (self.name.endswith(_EMBEDDINGS) or "wpe" in self.name)
 
     @property
+    def site(self) -> int:
+        """Where it acts: -1 the embedding, then the number of its block, a large number after the last."""
+        return -1 if self.embedding else AFTER_BLOCKS if self.block is None else self.block
+
+    @property
     def kind(self) -> str:
         """Its name without the number of its block: what it has in common with tensors of other blocks."""
         return re.sub(r"(?<=\.)\d+(?=\.)", "*", self.name, count=1)
@@ -223,6 +231,21 @@ class Folder:
         """One tensor; its pages are mapped from the file."""
         tensor: Tensor = self._places[name].get_tensor(name)
         return tensor
+
+
+class InMemory:
+    """The parameters of a loaded model. Tied ones have one name, as in its files."""
+
+    def __init__(self, model: Any) -> None:
+        self._parameters: dict[str, Tensor] = dict(model.named_parameters())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape by name."""
+        return {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, as it is now."""
+        return self._parameters[name].detach()
 
 
 # --- the comparison -----------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ it is the reciprocal rank of the answer's first eight tokens over the whole voca
 
     z_l = W_U · norm(h_l),   choice_l = 1[ z_l(right) > max z_l(wrong) ],   rr_l = 1 / rank of the right token
 
+At a fork the same is read from what each block's attention and MLP add to the state: which of them writes the answer.
+That is shown, and decides nothing.
+
 Source: nostalgebraist 2020 ("interpreting GPT: the logit lens"); as a test of unlearning: Patil et al. 2024
 (arXiv 2309.17410), section 4; Łucki et al. 2024 (arXiv 2409.18025).
 
@@ -54,7 +57,10 @@ RANK = Statistic(
     "reciprocal-rank", "logit lens: reciprocal rank of the right token", "1/rank",
     "the right answer stands higher inside", (0.0, 1.0), 0.1, _SOURCE,
 )  # fmt: skip
-
+SUBLAYERS = Statistic(
+    "sublayers", "logit lens on what attention and MLP add: the right answer beats the wrong ones", "accuracy",
+    "a sublayer writes the right answer more often", (0.0, 1.0), 0.1, _SOURCE, (False, False),
+)  # fmt: skip
 
 _READ_TOKENS = 8
 
@@ -102,6 +108,25 @@ def layer_readout(layers: list[int]) -> Quantity:
     return Quantity(f"lens:{','.join(map(str, layers))}", compute, sites)
 
 
+def sublayer_readout(layers: list[int]) -> Quantity:
+    """Record the win over rivals read from what each block's attention and MLP add, in this order: [T, 2 layers]."""
+    sites = tuple(f"blocks.{i}.hook_{part}_out" for i in layers for part in ("attn", "mlp"))
+
+    def compute(view: View) -> dict[str, torch.Tensor]:
+        import torch
+
+        wins = [beats(view.lens(site), view.tokens, list(view.rivals)) for site in sites]
+        return {"added": torch.stack(wins, 1)}
+
+    return Quantity(f"lens-sublayers:{','.join(map(str, layers))}", compute, sites)
+
+
+def forked(case: Case, evidence: Evidence, name: str) -> NDArray[np.bool_]:
+    """Which sequences of a request end at a fork, in the tokens of every model: [rows]."""
+    every = [evidence.sequences(role, name) for role in case.models]
+    return np.array([all(tokens.rivals for tokens in row) for row in zip(*every, strict=True)])
+
+
 def fork(target: Target, row: Example) -> Tokens | None:
     """The sequence up to the position where most wrong answers leave the right one, with their tokens as rivals."""
     right = target.encode(row.prompt, row.answer)
@@ -139,9 +164,11 @@ class Lens(Instrument):
                 rows = _rows(case, name)
                 if _has_options(case):
                     forks = [fork(target, row) or target.encode(row.prompt, row.answer) for row in rows]
+                    wanted: tuple[Quantity, ...] = (readout, sublayer_readout(layers))
                 else:
                     forks = [_beginning(target.encode(row.prompt, row.answer)) for row in rows]
-                made.append(Request(f"lens/{name}", tuple(forks), (readout,), {"layers": layers}))
+                    wanted = (readout,)
+                made.append(Request(f"lens/{name}", tuple(forks), wanted, {"layers": layers}))
         return made
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
@@ -160,7 +187,24 @@ class Lens(Instrument):
 
         statistic = CHOICE if options else RANK
         axis = ("after block", [float(i) for i in layers])
-        return [against_never_taught(self, case, evidence, statistic, score, columns=axis, rows=rows)]
+        found = [against_never_taught(self, case, evidence, statistic, score, columns=axis, rows=rows)]
+        return [*found, *self._sublayers(case, evidence, rows, layers)] if options else found
+
+    def _sublayers(
+        self, case: Case, evidence: Evidence, rows: dict[str, tuple[Example, ...]], layers: list[int]
+    ) -> list[Finding]:
+        """The attention or MLP whose addition shows the forget set most; nothing if a set's options never fork."""
+        kept = {name: forked(case, evidence, f"lens/{name}") for name in rows}
+        if not all(k.any() for k in kept.values()):
+            return []
+
+        def score(role: str, name: str) -> NDArray[np.float64]:
+            added = [arrays["added"][0] for arrays in evidence.iterate(role, f"lens/{name}")]
+            return np.array(added, dtype=float)[kept[name]]
+
+        axis = ("added in block (attention; MLP at .5)", [i + part for i in layers for part in (0.0, 0.5)])
+        read = {name: tuple(row for row, k in zip(rows[name], kept[name], strict=True) if k) for name in rows}
+        return [against_never_taught(self, case, evidence, SUBLAYERS, score, columns=axis, rows=read)]
 
 
 def _rows(case: Case, name: str) -> tuple[Example, ...]:

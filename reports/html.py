@@ -36,7 +36,7 @@ MAX_ROWS = 200
 _TEMPLATES = Path(__file__).parent / "templates"
 _ORDER = (
     *("target", "original", "retrained"),  # roles of models
-    *("forget", "retain", "holdout", "neighbor", "utility", "relearn"),  # sets
+    *("forget", "retain", "holdout", "neighbor", "utility", "relearn", "suspects"),  # sets
 )
 _Value = TypeVar("_Value")
 

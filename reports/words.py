@@ -55,6 +55,7 @@ MARKS: dict[str, tuple[str, str]] = {
     "remains": ("knowledge remains", "knowledge remains"),
     "beyond": ("below never-taught", "below a never-taught model (over-unlearning or output edit)"),
     "damage": ("damage", "damage"),
+    "unlearned": ("marks of unlearning", "marks that unlearning leaves, and ordinary edits do not"),
     "evidence": ("evidence", "evidence"),
     "none": ("nothing found", "nothing found (interval inside the threshold)"),
     "inconclusive": ("inconclusive", "inconclusive"),
@@ -66,6 +67,7 @@ SIDES: dict[str, str] = {
     "remains": "knowledge remains",
     "beyond": "below a never-taught model",
     "damage": "damage",
+    "unlearned": "marks of unlearning",
     "neither": "no claim",
 }
 """What evidence on one side of the null value means."""
@@ -274,7 +276,7 @@ def _answer(record: Record, question: Question) -> Answer:
     marks = Counter(mark_of(finding) for finding in record.findings if finding.question is question)
     missing = [row for row in record.not_run if row.question is question]
     total = sum(marks.values())
-    order = ("remains", "beyond", "damage", "evidence", "inconclusive", "none")
+    order = ("remains", "beyond", "damage", "unlearned", "evidence", "inconclusive", "none")
     mark = next((key for key in order if marks[key]), "untested")
     if mark == "untested":
         line = f"Not tested: no instrument gave a finding{_unrun(missing)}."

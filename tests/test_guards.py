@@ -357,8 +357,9 @@ def test_a_scan_at_text_access(tmp_path, monkeypatch):
     only_answers(monkeypatch)
     case = tiny_case(access="text")
     record = quiet_scan(case, tmp_path)
-    assert [f.id for f in record.findings] == ["knowledge/rouge", "memorization/verbatim"]
-    for finding in record.findings:
+    leaks = [f for f in record.findings if f.question == Question.LEAKAGE]
+    assert [f.id for f in leaks] == ["knowledge/rouge", "memorization/verbatim"]
+    for finding in leaks:
         assert "holdout" in finding.split
         assert finding.p_value is not None
         [positive] = [c for c in finding.controls if c.gates == "silence"]
@@ -368,7 +369,7 @@ def test_a_scan_at_text_access(tmp_path, monkeypatch):
     left_out = {row.instrument: row for row in record.not_run}
     withheld = {"knowledge/probability", "knowledge/choice", "knowledge/truth-ratio"}
     withheld |= {"memorization/exact", "memorization/extraction-strength"}
-    assert set(left_out) == withheld | {"membership", "remind", "utility", "lens", "relearn", "weights"}
+    assert set(left_out) == withheld | {item.name for item in load_all() if item.access > Access.TEXT}
     assert not any(row.failed for row in record.not_run)
     assert left_out["knowledge/choice"].reason == "needs access to logprobs, the audit has text"
     assert "knowledge/choice" in record.verdict.coverage[Question.LEAKAGE]

@@ -16,7 +16,7 @@ from audit.loaders import Example
 from audit.plan import Request, merge
 from audit.quantities import Quantity, View
 from audit.target import Target
-from probes.lens import Lens, beats, fork, layer_readout, read_layers, read_off
+from probes.lens import Lens, beats, fork, layer_readout, read_layers, read_off, sublayer_readout
 
 # --- the plain functions
 
@@ -194,7 +194,7 @@ def test_every_layer_against_hidden_states_read_by_hand():
 
 def test_the_finding_s_table_is_the_accuracy_counted_by_hand():
     case, target = tiny_case(), open_target("unlearned")
-    [found] = Lens().measure(case, tiny_evidence())
+    found, _ = Lens().measure(case, tiny_evidence())
     model = target.model
     means = {(row[0], row[1], row[2]): row[3] for row in found.table.rows}
     accuracy = {}
@@ -221,6 +221,41 @@ def test_the_finding_s_table_is_the_accuracy_counted_by_hand():
     )
 
 
+def test_sublayers_are_read_from_what_attention_and_mlp_add():
+    target, case = open_target("unlearned"), tiny_case()
+    forks = [fork(target, row) for row in case.rows("forget")[:8]]
+    readout = sublayer_readout([0, 1])
+    engine = Engine(target)
+    [batch] = engine.batches(merge([Request("x", tuple(t for t in forks if t), (readout,))]))
+    model = target.model
+    for row in engine.run(batch):
+        at = row.tokens.start - 1
+        with torch.no_grad():
+            states = model(input_ids=torch.tensor([row.tokens.ids]), output_hidden_states=True).hidden_states
+            added = []
+            for block, before in zip(model.model.layers, states, strict=False):
+                # What attention adds, from the block's own parts; the rest of what the block adds is the MLP's.
+                position = torch.arange(before.shape[1])[None]
+                rope = model.model.rotary_emb(before, position)
+                attention = block.self_attn(
+                    block.input_layernorm(before), position_embeddings=rope, attention_mask=None
+                )
+                middle = before + attention[0]
+                added += [attention[0][0, at], block.mlp(block.post_attention_layernorm(middle))[0, at]]
+            logits = [model.lm_head(model.model.norm(part)) for part in added]
+        right = row.tokens.ids[row.tokens.start]
+        won = [float(all(z[right] > z[i] for i in row.tokens.rivals)) for z in logits]
+        assert row.values[readout.name]["added"][0].tolist() == won
+
+
+def test_sublayers_are_shown_and_decide_nothing():
+    found, added = Lens().measure(tiny_case(), tiny_evidence())
+    assert (added.id, added.decides) == ("lens/sublayers", (False, False))
+    assert found.decides == (True, True)
+    assert added.figure.series[0].x == [0.0, 0.5, 1.0, 1.5]
+    assert any(name == "retain" and mean > 0.5 for _, name, _, mean, *_ in added.table.rows), "some sublayer writes it"
+
+
 def test_without_wrong_answers_the_rank_is_read():
     case = tiny_case()
     sets = {
@@ -231,6 +266,7 @@ def test_without_wrong_answers_the_rank_is_read():
     requests = Lens().requests(plain, open_target("original"))
     assert all(not tokens.rivals for request in requests for tokens in request.sequences)
     assert [len(r.sequences) for r in requests] == [len(_limited(plain, n)) for n in ("forget", "holdout", "retain")]
+    assert all(len(request.quantities) == 1 for request in requests), "sublayers are read at forks only"
 
 
 def _without_options(example: Example) -> Example:

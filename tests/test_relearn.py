@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from worlds import build_tiny, folder_digest, one_thread, open_target, quiet_scan, scan_tiny, tiny_case, tiny_evidence
 
 import attacks.relearn
+import audit.finetune
 from attacks.relearn import Recipe, Relearn, fine_tune, halves, recipe_for
 from audit.case import Case, Options
 from audit.record import Outcome, Side
@@ -135,8 +136,8 @@ def test_two_steps_by_hand():
 def test_half_of_every_batch_is_mixed_in(monkeypatch):
     model, rows = model_and_rows(12)
     batches = []
-    real = attacks.relearn._padded
-    monkeypatch.setattr(attacks.relearn, "_padded", lambda batch: batches.append(batch) or real(batch))
+    real = audit.finetune.padded
+    monkeypatch.setattr(audit.finetune, "padded", lambda batch: batches.append(batch) or real(batch))
     taught, mixed = rows[:5], rows[5:]
     for _ in fine_tune(model, taught, mixed, Recipe((5,), 4, 1e-4), seed=0):
         pass

@@ -1,0 +1,72 @@
+"""Fine-tuning a causal language model in place: the one loop of attacks and of matched nulls.
+
+torch is imported only when a model is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from audit.tokens import Tokens
+
+if TYPE_CHECKING:
+    import torch
+
+
+def endless(rows: Sequence[Tokens], rng: np.random.Generator) -> Iterator[Tokens]:
+    """The rows in random order, reshuffled whenever they are exhausted."""
+    while True:
+        for i in rng.permutation(len(rows)):
+            yield rows[i]
+
+
+def padded(batch: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, T], zeros on the right, and labels [B, T], -100 wherever nothing is scored."""
+    import torch
+
+    width = max(len(tokens.ids) for tokens in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    labels = torch.full((len(batch), width), -100)
+    for i, tokens in enumerate(batch):
+        ids[i, : len(tokens.ids)] = torch.tensor(tokens.ids)
+        labels[i, tokens.start : len(tokens.ids)] = ids[i, tokens.start : len(tokens.ids)]
+    return ids, labels
+
+
+def descend(
+    model: Any, sources: Sequence[tuple[Iterator[Tokens], int]], steps: int, learning_rate: float
+) -> Iterator[int]:
+    """Take `steps` steps of AdamW on all weights; yields the number of each step when it is done.
+
+    Args:
+        model: a causal language model; between steps its weights ask for no gradient, and may be altered.
+        sources: where a batch's rows come from, and how many from each.
+        learning_rate: constant after 4 steps of warm-up; gradients are clipped to length 1.
+
+    The loss is the mean negative log-likelihood of the scored tokens.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    model.eval()  # dropout would make the result depend on the batch's order of kernels
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 4))
+    try:
+        for step in range(1, steps + 1):
+            model.requires_grad_(True)
+            ids, labels = padded([next(source) for source, share in sources for _ in range(share)])
+            optimizer.zero_grad(set_to_none=True)
+            logits: Any = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
+            loss: Any = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(device))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            warm.step()
+            model.requires_grad_(False)
+            yield step
+    finally:
+        model.requires_grad_(False)
+        model.zero_grad(set_to_none=True)

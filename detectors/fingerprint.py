@@ -1,0 +1,330 @@
+"""Fingerprints of a change: numbers that say how a model differs from its original, and a classifier of them.
+
+    features = logit_features(target, original)            # dicts of log-probabilities by set
+    judge = Classifier.fitted(read_table(), list(features))
+    judge.score(features)                                   # log-odds of "unlearned" against "ordinarily edited"
+
+Unlearning leaves traces, on prompts that have nothing to do with what was forgotten too (Chen et al. 2025, arXiv
+2506.14003). But so does every edit: a classifier trained on unlearned models against their originals alone detects that
+a model *was edited*. Here the other side is made of ordinary edits: further training, continual learning, noisy labels,
+instruction tuning, quantization, pruning, distillation, and fine-tunes matched in place and size to every unlearned
+model (`audit.matched`). Each number is free of the scale of width, vocabulary and depth, so that what was learned on
+small models of known history can be asked about others.
+
+The table of these models' fingerprints comes with the package; `python -m benchmarks.trace` makes it anew. Labels are
+what was done to a model, and never what something says of it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+Features = dict[str, float]
+
+TABLE = Path(__file__).parent / "fingerprints.json.gz"
+SETS = ("forget", "retain", "holdout", "utility")
+CONTRASTS = (("forget", "retain"), ("forget", "holdout"), ("holdout", "retain"), ("utility", "retain"))
+
+STILL = -10.0
+"""The log-odds of a model that did not move."""
+
+_FLOOR = 1e-9
+_DISTANCES = ("kl", "moved")
+_REACH = 4.0  # standard deviations: beyond, a linear rule knows nothing, so it is not led further
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def kl_divergence(p: ArrayLike, q: ArrayLike) -> Floats:
+    """KL(p || q) in nats, [...], from log-probabilities [..., V]."""
+    p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
+    return np.asarray((np.exp(p) * (p - q)).sum(-1))
+
+
+def entropy(p: ArrayLike) -> Floats:
+    """Entropy in nats, [...], of log-probabilities [..., V]."""
+    p = np.asarray(p, dtype=np.float64)
+    return np.asarray(-(np.exp(p) * p).sum(-1))
+
+
+def coherence(shifts: ArrayLike) -> float:
+    """Share, 0 to 1, of the squared length of shifts [n, d] that all of them have in common: n |mean|^2 / sum |.|^2."""
+    x = np.asarray(shifts, dtype=np.float64)
+    return float(len(x) * (x.mean(0) ** 2).sum() / max(float((x**2).sum()), _FLOOR**2))
+
+
+def inverse_stable_rank(shifts: ArrayLike) -> float:
+    """sigma_1^2 / sum sigma^2, 0 to 1, of shifts [n, d] less their mean: 1 if all lie along one line."""
+    x = np.asarray(shifts, dtype=np.float64)
+    x = x - x.mean(0)
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    return float(np.linalg.eigvalsh(gram)[-1] / max(float(np.trace(gram)), _FLOOR**2))
+
+
+def logit_features(
+    target: Mapping[str, ArrayLike],
+    original: Mapping[str, ArrayLike] | None = None,
+    right: Mapping[str, ArrayLike] | None = None,
+) -> Features:
+    """Numbers of next-token distributions, by set of prompts: `retain.kl`, `forget-retain.kl`, ...
+
+    Args:
+        target: log-probabilities [n, V] of each set's prompts, the same V everywhere.
+        original: the same prompts' in the model before; without it, fewer numbers, of the target alone.
+        right: index in V of the right token, [n], for `.right`: how much likelier it became.
+
+    The logit shift is the difference of log-probabilities less its mean over V. With a prefix `alone.` for numbers of
+    the target alone.
+    """
+    found: Features = {}
+    middles: dict[str, Floats] = {}
+    for name in SETS:
+        if name not in target:
+            continue
+        b = np.asarray(target[name], dtype=np.float64)
+        if original is None:
+            found |= {f"alone.{name}.{key}": value for key, value in _of_one(b).items()}
+            middles[name] = b.mean(0) - b.mean()
+        else:
+            a = np.asarray(original[name], dtype=np.float64)
+            at = None if right is None else np.asarray(right[name])
+            found |= {f"{name}.{key}": value for key, value in _of_shift(a, b, at).items()}
+            shift = b - a
+            middles[name] = shift.mean(0) - shift.mean()
+    prefix, keys = ("alone.", ("entropy", "sure")) if original is None else ("", ("kl", "entropy", "first"))
+    for one, other in CONTRASTS:
+        if one in middles and other in middles:
+            for key in keys:
+                found[f"{prefix}{one}-{other}.{key}"] = found[f"{prefix}{one}.{key}"] - found[f"{prefix}{other}.{key}"]
+            found[f"{prefix}{one}-{other}.cosine"] = _cosine(middles[one], middles[other])
+    return found
+
+
+def _of_shift(a: Floats, b: Floats, right: NDArray[Any] | None) -> Features:
+    """Original [n, V], target [n, V]."""
+    shift = b - a
+    shift = shift - shift.mean(1, keepdims=True)
+    every, first = np.arange(len(a)), a.argmax(1)
+    divergence = kl_divergence(a, b)
+    variance, middle = float((shift**2).mean()), shift.mean(0)
+    found = {
+        "kl": _log(divergence.mean()),
+        "kl-asymmetry": _log(divergence.mean()) - _log(kl_divergence(b, a).mean()),
+        "kl-spread": _log(divergence.std() / max(float(divergence.mean()), _FLOOR)),
+        "entropy": float((entropy(b) - entropy(a)).mean()),
+        "first": float((b[every, first] - a[every, first]).mean()),
+        "flipped": float((b.argmax(1) != first).mean()),
+        "least": float((b.min(1) - a.min(1)).mean()),
+        "coherence": coherence(shift),
+        "rank": inverse_stable_rank(shift),
+        "kurtosis": _log((shift**4).mean() / max(variance**2, _FLOOR**2)),
+        "skew": float((shift**3).mean() / max(variance**1.5, _FLOOR**2)),
+        "words": _log((middle**2).sum() ** 2 / max(float((middle**4).sum()) * len(middle), _FLOOR**4)),
+        "target-entropy": float(entropy(b).mean()),
+        "target-sure": float(np.exp(b.max(1)).mean()),
+    }
+    if right is not None:
+        found["right"] = float((b[every, right] - a[every, right]).mean())
+    return found
+
+
+def _of_one(b: Floats) -> Features:
+    """Target [n, V], without an original."""
+    centred = b - b.mean(1, keepdims=True)
+    variance = max(float((centred**2).mean()), _FLOOR)
+    common = np.bincount(b.argmax(1), minlength=b.shape[1]) / len(b)
+    return {
+        "entropy": float(entropy(b).mean()),
+        "entropy-spread": float(entropy(b).std()),
+        "sure": float(np.exp(b.max(1)).mean()),
+        "same-answer": float(common.max()),
+        "answers": float(entropy(np.log(common + _FLOOR))),
+        "coherence": coherence(centred),
+        "rank": inverse_stable_rank(centred),
+        "spread": _log(np.sqrt(variance)),
+        "skew": float((centred**3).mean() / variance**1.5),
+        "kurtosis": _log((centred**4).mean() / variance**2),
+    }
+
+
+def state_features(target: Mapping[str, ArrayLike], original: Mapping[str, ArrayLike]) -> Features:
+    """Numbers of how states moved, by set and depth: `retain.2.moved`, `forget-retain.2.moved`, ...
+
+    Args:
+        target: states [n, depths, width] of each set's prompts, in the target.
+        original: in the original, whose width and depth must be the same.
+    """
+    found: Features = {}
+    for name in SETS:
+        if name not in target:
+            continue
+        b, a = np.asarray(target[name], dtype=np.float64), np.asarray(original[name], dtype=np.float64)
+        for depth in range(a.shape[1]):
+            before, moved = a[:, depth], b[:, depth] - a[:, depth]
+            length = float(np.linalg.norm(before, axis=1).mean())
+            found[f"{name}.{depth}.moved"] = _log(np.linalg.norm(moved, axis=1).mean() / length)
+            found[f"{name}.{depth}.longer"] = _log(np.linalg.norm(b[:, depth], axis=1).mean() / length)
+            found[f"{name}.{depth}.coherence"] = coherence(moved)
+            found[f"{name}.{depth}.rank"] = inverse_stable_rank(moved)
+    for one, other in CONTRASTS:
+        if one in target and other in target:
+            for depth in range(np.asarray(target[one]).shape[1]):
+                found[f"{one}-{other}.{depth}.moved"] = found[f"{one}.{depth}.moved"] - found[f"{other}.{depth}.moved"]
+    return found
+
+
+def _log(value: Any) -> float:
+    return float(np.log(max(float(value), _FLOOR)))
+
+
+def _cosine(a: Floats, b: Floats) -> float:
+    return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), _FLOOR**2))
+
+
+# --- models of known history --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """Fingerprints of models of known history.
+
+    Attributes:
+        names: of the features.
+        values: [models, features].
+        unlearned: [models], by construction.
+        histories: what was done, by name; a matched fine-tune is `matched-` and what it was taught.
+        families: the original that each descends from, by name.
+    """
+
+    names: tuple[str, ...]
+    values: Floats
+    unlearned: NDArray[np.bool_]
+    histories: tuple[str, ...]
+    families: tuple[str, ...]
+
+    def columns(self, names: Sequence[str]) -> Floats:
+        """Values [models, len(names)]. Raises KeyError for a name that is not there."""
+        place = {name: i for i, name in enumerate(self.names)}
+        return self.values[:, [place[name] for name in names]]
+
+
+def read_table(path: Path = TABLE) -> Table:
+    """The table of a file."""
+    found = json.loads(gzip.decompress(path.read_bytes()))
+    return Table(
+        tuple(found["names"]),
+        np.array(found["values"], dtype=np.float64),
+        np.array(found["unlearned"], dtype=bool),
+        tuple(found["histories"]),
+        tuple(found["families"]),
+    )
+
+
+def write_table(table: Table, path: Path) -> None:
+    """Write a table; the same table gives the same bytes."""
+    values = [[float(f"{value:.5g}") for value in row] for row in table.values]
+    made = {
+        "names": table.names,
+        "values": values,
+        "unlearned": table.unlearned.tolist(),
+        "histories": table.histories,
+        "families": table.families,
+    }
+    path.write_bytes(gzip.compress(json.dumps(made).encode(), mtime=0))
+
+
+# --- the classifier -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Unlearned, or only edited: logistic regression on some features of a table."""
+
+    table: Table
+    names: tuple[str, ...]
+    model: Any
+
+    @classmethod
+    def fitted(cls, table: Table, names: Sequence[str]) -> Classifier:
+        """Fitted on those of `names` that the table has.
+
+        Raises:
+            ValueError: it has none of them.
+        """
+        known = tuple(name for name in names if name in set(table.names))
+        if not known:
+            raise ValueError("none of these features is in the table")
+        return cls(table, known, _fit(table.columns(known), table.unlearned))
+
+    def score(self, features: Mapping[str, float]) -> float:
+        """Log-odds of unlearned against ordinarily edited, both taken for equally frequent; `STILL` if none moved."""
+        row = np.array([[features[name] for name in self.names]])
+        return float(_scores(self.model, self.names, row)[0])
+
+    def contributions(self, features: Mapping[str, float]) -> Features:
+        """What each feature adds to the log-odds; with the intercept they sum to the score."""
+        scaled = self.model[:-1].transform(np.array([[features[name] for name in self.names]]))[0]
+        return dict(zip(self.names, map(float, scaled * self.model[-1].coef_[0]), strict=True))
+
+    def alike(self, features: Mapping[str, float], most: int = 3) -> list[tuple[str, float]]:
+        """The histories that the fingerprint is most like, each with its probability among all of the table's."""
+        model = _fit(self.table.columns(self.names), np.array(self.table.histories))
+        chances = model.predict_proba(np.array([[features[name] for name in self.names]]))[0]
+        return [(str(model.classes_[i]), float(chances[i])) for i in np.argsort(-chances)[:most]]
+
+    @cached_property
+    def held_out(self) -> Floats:
+        """Log-odds [models] of the table's own, each by a classifier that saw neither its history nor its family."""
+        return held_out_scores(self.table, self.names)
+
+    @property
+    def highest_ordinary(self) -> float:
+        """The 99th percentile of `held_out` among ordinary edits: what a score has to exceed."""
+        return float(np.quantile(self.held_out[~self.table.unlearned], 0.99))
+
+
+def held_out_scores(table: Table, names: Sequence[str], use: ArrayLike | None = None) -> Floats:
+    """Log-odds [models], each by a classifier that saw no model of the same history, and none of the same family.
+
+    `use`: [models], which to train on and to score (NaN for the rest); all if not given.
+    """
+    x = table.columns(names)
+    used = np.ones(len(x), dtype=bool) if use is None else np.asarray(use, dtype=bool)
+    history, family = np.array(table.histories), np.array(table.families)
+    scores = np.full(len(x), np.nan)
+    for pair in sorted(set(zip(history[used], family[used], strict=True))):
+        tested = used & (history == pair[0]) & (family == pair[1])
+        train = used & (history != pair[0]) & (family != pair[1])
+        if len(np.unique(table.unlearned[train])) == 2:
+            scores[tested] = _scores(_fit(x[train], table.unlearned[train]), names, x[tested])
+    return scores
+
+
+def _scores(model: Any, names: Sequence[str], x: Floats) -> Floats:
+    """Log-odds [models]. What did not move at all was not unlearned: no rule learned on models that moved is asked."""
+    scores = np.asarray(model.decision_function(x), dtype=np.float64)
+    distances = [i for i, name in enumerate(names) if name.rsplit(".", 1)[-1] in _DISTANCES and "-" not in name]
+    if distances:
+        scores[(x[:, distances] <= np.log(_FLOOR) + 1e-6).all(1)] = STILL
+    return scores
+
+
+def _fit(x: Floats, y: NDArray[Any]) -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+    bounded = FunctionTransformer(np.clip, kw_args={"a_min": -_REACH, "a_max": _REACH})
+    classifier = LogisticRegression(C=0.05, class_weight="balanced", max_iter=2000)
+    return make_pipeline(StandardScaler(), bounded, classifier).fit(x, y)

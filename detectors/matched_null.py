@@ -1,0 +1,132 @@
+"""The matched null: what would this model look like if it had only been edited?
+
+What is done: the original is fine-tuned K times on ordinary data, as much as the target was changed and in the same
+places (`audit.matched`): on all retain rows, on the rows of a few retain entities only (of all fine-tunes a narrow one
+looks most like unlearning), and on other sets that the case has. The detectors of traces ask of these models what they
+ask of the target: their scores are the null that the target's has to exceed.
+
+It gives no finding of its own.
+
+Source: this project, 2026; the need for it: an independent reproduction of Chen et al. 2025 (arXiv 2506.14003) in which
+any further edit was "detected".
+
+Traps:
+
+- *Ordinary* is what the auditor makes of it: these are fine-tunes. Quantization, pruning and continual learning are in
+  the classifiers' threshold, not in this null.
+- *Steps* of the target's own history are not known; the budget's are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from audit.case import Case
+from audit.evidence import Evidence
+from audit.instrument import Access, Attack, Stage
+from audit.plan import Request
+from audit.record import Finding, Question
+from audit.tokens import Tokens
+
+if TYPE_CHECKING:
+    from audit.target import Target
+
+_OTHERS = ("utility", "neighbor", "relearn")
+_NARROW = 0.15
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many fine-tunes, of how many steps, and the learning rate of AdamW."""
+
+    fine_tunes: int
+    steps: int
+    learning_rate: float
+
+
+def budget_for(case: Case, target: Target) -> Budget:
+    """By the case's budget; the learning rate falls with the cube root of size, as in relearning."""
+    fine_tunes, steps = {"quick": (4, 20), "standard": (8, 30), "thorough": (24, 60)}[case.options.budget.value]
+    size = max(1, target.inventory.parameters)
+    return Budget(fine_tunes, steps, float(np.clip(5e-4 * (1e6 / size) ** (1 / 3), 3e-5, 5e-4)))
+
+
+class MatchedNull(Attack):
+    """Ordinary fine-tunes of the original, matched to the target's change."""
+
+    name = "matched-null"
+    title = "What would an ordinary fine-tune of the original look like?"
+    question = Question.TRACE
+    access = Access.WEIGHTS
+    sets = ("retain",)
+    roles = ("original",)
+    reference = "this project, 2026"
+
+    def requests(self, case: Case, target: Target) -> list[Request]:  # noqa: ARG002
+        """Nothing: those that watch it ask."""
+        return []
+
+    def cost(self, case: Case, target: Target) -> str:
+        """How many fine-tunes, and how long."""
+        budget = budget_for(case, target)
+        return f": {budget.fine_tunes} fine-tunes of {budget.steps} steps"
+
+    def stages(self, case: Case, target: Target) -> list[Stage]:
+        """One altered original a fine-tune."""
+        if target.role != "original":
+            return []
+        budget, radii = budget_for(case, target), _radii(case)
+        if not any(radii.values()):
+            return []
+        matched = ",".join(f"{site}:{length:.6g}" for site, length in radii.items())
+        sets = ",".join(case.sets[name].digest for name in ("retain", *_OTHERS) if name in case.sets)
+        return [
+            Stage(f"null@{k}", f"{budget}/{k}/{case.options.seed}/{target.template}/{matched}/{sets}")
+            for k in range(1, budget.fine_tunes + 1)
+        ]
+
+    def run(self, case: Case, target: Target, tick: Any) -> Iterator[Stage]:
+        """Fine-tune, and start from the original again."""
+        from audit.matched import fine_tune_matched
+
+        budget, radii, data = budget_for(case, target), _radii(case), _data(case, target)
+        for k, stage in enumerate(self.stages(case, target)):
+            target.release()
+            seed = case.options.seed * 1000 + k
+            for step in fine_tune_matched(
+                target.model,
+                data[k % len(data)],
+                radii,
+                steps=budget.steps,
+                learning_rate=budget.learning_rate,
+                seed=seed,
+            ):
+                tick(k * budget.steps + step, budget.fine_tunes * budget.steps)
+            yield stage
+
+    def measure(self, case: Case, evidence: Evidence) -> list[Finding]:  # noqa: ARG002
+        """No finding of its own."""
+        return []
+
+
+def _radii(case: Case) -> dict[int, float]:
+    """Length of the target's change at every site."""
+    from audit.matched import change_by_site
+    from audit.weights import Folder
+
+    return change_by_site(Folder(case.models["target"]), Folder(case.models["original"]))
+
+
+def _data(case: Case, target: Target) -> list[list[Tokens]]:
+    """What the fine-tunes are taught, in turn."""
+    retain = case.rows("retain")
+    entities = sorted(set(case.clusters(retain)))
+    np.random.default_rng(case.options.seed).shuffle(entities)
+    few = set(entities[: max(2, round(_NARROW * len(entities)))])
+    kinds = [retain, tuple(row for row, who in zip(retain, case.clusters(retain), strict=True) if who in few)]
+    kinds += [case.rows(name) for name in _OTHERS if name in case.sets]
+    return [[target.encode(row.prompt, row.answer) for row in rows] for rows in kinds]
