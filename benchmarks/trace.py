@@ -41,10 +41,10 @@ from audit.progress import SILENT
 from audit.scan import _capture, _Run
 from audit.target import Target
 from detectors.fingerprint import TABLE, Features, Table, held_out_scores, write_table
-from detectors.trace import asked_sets
 from detectors.trace_activations import TraceActivations
 from detectors.trace_logits import TraceLogits
 from detectors.trace_text import TraceText
+from detectors.tracing import asked_sets
 
 NULLS, STEPS = 2, 30
 _ASKING = (TraceLogits(), TraceActivations(), TraceText())
@@ -77,7 +77,7 @@ def rows_of(recipe: Recipe, bench: Path) -> Iterator[dict[str, Any]]:
     """A row for the organism, and for fine-tunes matched to it if it was unlearned."""
     from audit.matched import change_by_site, fine_tune_matched
     from audit.weights import Folder
-    from detectors.matched_null import _data, budget_for
+    from detectors.trace import _data, budget_for
 
     with tempfile.TemporaryDirectory() as scratch:
         case, evidence, run, original = captured(recipe, bench, Path(scratch), _ASKING)

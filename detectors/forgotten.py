@@ -96,7 +96,7 @@ class Forgotten(Instrument):
     question = Question.TRACE
     access = Access.TEXT
     sets = ()
-    watches = ("matched-null",)
+    watches = ("trace",)
     reference = _SOURCE
 
     def missing(self, case: Case) -> str | None:

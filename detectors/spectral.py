@@ -8,7 +8,7 @@ leading right singular vector v of that matrix
     distance = W1(original's projections on v, changed model's) / standard deviation of the original's
 
 where W1 is the Wasserstein distance: the mean gap between the two sorted lists. It is computed for the target, and for
-ordinary fine-tunes of the original as large and in the same places (`matched-null`). The finding is the site where the
+ordinary fine-tunes of the original as large and in the same places (`trace`). The finding is the site where the
 logarithm of the target's distance is least like a further draw of theirs, the choice of the site paid for by
 Bonferroni.
 
@@ -48,7 +48,7 @@ from audit.plan import Request
 from audit.quantities import hidden
 from audit.record import Control, Figure, Finding, MaybeNumber, Question, Series, Side, Table
 from audit.tokens import Tokens
-from detectors.trace import GROUPS, NULL, is_edit_of_original, predictive_p, rows_of
+from detectors.tracing import GROUPS, NULL, is_edit_of_original, predictive_p, rows_of
 
 if TYPE_CHECKING:
     from audit.target import Target
@@ -163,7 +163,7 @@ class Spectral(Instrument):
     access = Access.WEIGHTS
     sets = ("retain",)
     roles = ("original",)
-    watches = ("matched-null",)
+    watches = ("trace",)
     reference = "Chen et al. 2025 (Unlearning Isn't Invisible), arXiv 2506.14003; distance and null: this project, 2026"
 
     def requests(self, case: Case, target: Target) -> list[Request]:

@@ -32,7 +32,7 @@ from audit.quantities import hidden
 from audit.record import Control, Finding, Question, Side
 from audit.statistics import mean_estimate
 from detectors.fingerprint import Features, Floats, state_features
-from detectors.trace import (
+from detectors.tracing import (
     NULL,
     SOURCE,
     Use,
@@ -87,7 +87,7 @@ class TraceActivations(Instrument):
     access = Access.WEIGHTS
     sets = ("retain",)
     roles = ("original",)
-    watches = ("matched-null",)
+    watches = ("trace",)
     reference = SOURCE
 
     def requests(self, case: Case, target: Target) -> list[Request]:

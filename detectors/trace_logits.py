@@ -38,7 +38,7 @@ from audit.plan import Request
 from audit.quantities import Quantity, View
 from audit.record import Finding, Question
 from detectors.fingerprint import Features, logit_features
-from detectors.trace import SOURCE, Use, asked_sets, beginnings, is_edit_of_original, rows_of, trace_findings
+from detectors.tracing import SOURCE, Use, asked_sets, beginnings, is_edit_of_original, rows_of, trace_findings
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class TraceLogits(Instrument):
     title = "Was it unlearned, by its next-token distributions?"
     question = Question.TRACE
     sets = ("retain",)
-    watches = ("matched-null",)
+    watches = ("trace",)
     reference = SOURCE
 
     def requests(self, case: Case, target: Target) -> list[Request]:

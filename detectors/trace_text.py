@@ -34,7 +34,7 @@ from audit.loaders import Example
 from audit.plan import Generate
 from audit.record import Finding, Question
 from detectors.fingerprint import CONTRASTS, SETS, Features
-from detectors.trace import SOURCE, Use, asked_sets, is_edit_of_original, trace_findings
+from detectors.tracing import SOURCE, Use, asked_sets, is_edit_of_original, trace_findings
 
 if TYPE_CHECKING:
     from audit.target import Target
@@ -126,7 +126,7 @@ class TraceText(Instrument):
     question = Question.TRACE
     access = Access.TEXT
     sets = ("retain",)
-    watches = ("matched-null",)
+    watches = ("trace",)
     reference = SOURCE
 
     def requests(self, case: Case, target: Target) -> list[Generate]:

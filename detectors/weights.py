@@ -210,6 +210,7 @@ class Weights(Instrument):
     access = Access.WEIGHTS
     sets = ()
     roles = ("original",)
+    watches = ("trace",)
     reference = f"{_RANKS}; Zhang et al. 2024, arXiv 2410.16454"
 
     def missing(self, case: Case) -> str | None:
@@ -219,8 +220,9 @@ class Weights(Instrument):
         return super().missing(case)
 
     def requests(self, case: Case, target: Target) -> list[WeightsRequest]:  # noqa: ARG002
-        """The target's files against the original's."""
-        return [WeightsRequest(_NAME, against="original")] if target.role == "target" else []
+        """The target's weights, and those of the fine-tunes matched to it, against the original's."""
+        asked = target.role == "target" or _NULL in target.role
+        return [WeightsRequest(_NAME, against="original")] if asked else []
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
         """The four numbers, and, where fine-tunes matched to the change were compared too, their ranks among them."""

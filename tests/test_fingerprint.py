@@ -30,7 +30,7 @@ from detectors.fingerprint import (
     state_features,
     write_table,
 )
-from detectors.trace import in_words, predictive_p
+from detectors.tracing import in_words, predictive_p
 
 
 def distributions(rng: np.random.Generator, n: int = 12, v: int = 7) -> np.ndarray:

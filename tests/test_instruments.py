@@ -17,18 +17,18 @@ from audit.capture import Engine
 from audit.case import ROLES, SETS, Case, Options
 from audit.errors import BadInput
 from audit.instrument import GROUP, Access, Attack, Broken, Instrument, load, load_all, names, select
-from audit.plan import AnyRequest, Generate, Request, Weights
+from audit.plan import AnyRequest, Generate, Patched, Request, Weights
 from audit.quantities import Quantity
 from audit.record import Control, Finding, Outcome, Question, Record, Side
 from audit.target import Target
 
 OWN = names()
 
-MAKES_MODELS_ONLY = {"matched-null"}
-"""Instruments that make models for others to look at, ask nothing themselves and find nothing."""
-
-ALTER_FOR_OTHERS = {*MAKES_MODELS_ONLY, "cross-sequence", "sae"}
+ALTER = {"trace", "patching", "cross-sequence", "sae"}
 """Instruments that alter a model, and are no attacks."""
+
+ON_THE_ORIGINAL = {"trace", "patching"}
+"""Those that alter the original, not the target."""
 
 
 @pytest.fixture(params=OWN)
@@ -74,7 +74,7 @@ def test_the_module_says_source_and_traps(instrument):
 def test_an_attack_is_an_attack_and_nothing_else_alters():
     altering = {name for name in OWN if isinstance(load(name), Attack)}
     attacks = {point.name for point in entry_points(group=GROUP) if point.value.startswith("attacks.")}
-    assert altering - attacks <= ALTER_FOR_OTHERS
+    assert altering - attacks <= ALTER
     assert attacks <= altering
 
 
@@ -111,6 +111,8 @@ def request_key(request: AnyRequest) -> Any:
         return "generate", request.prompts, request.new_tokens
     if isinstance(request, Weights):
         return "weights", request.against
+    if isinstance(request, Patched):
+        return "patched", request.sequences, request.source, request.sites
     return "score", request.sequences
 
 
@@ -120,7 +122,7 @@ def test_requests(instrument, case, role):
     made = list(instrument.requests(case, target))
     assert all(isinstance(request, AnyRequest) for request in made)
     assert len({request.name for request in made}) == len(made), "every request has a purpose of its own"
-    if role == "target" and instrument.name not in MAKES_MODELS_ONLY:
+    if role == "target":
         assert made
     for request in made:
         if isinstance(request, Request):
@@ -128,6 +130,8 @@ def test_requests(instrument, case, role):
             assert all(isinstance(quantity, Quantity) for quantity in request.quantities)
         elif isinstance(request, Weights):
             assert request.against in ROLES
+        elif isinstance(request, Patched):
+            assert request.source in ROLES
         else:
             assert request.prompts
             assert request.new_tokens > 0
@@ -163,7 +167,7 @@ def test_an_attack_s_stages_are_distinct_cheap_and_seeded(case):
     for name in OWN:
         attack = load(name)
         if isinstance(attack, Attack):
-            target = open_target("original", "original" if name in MAKES_MODELS_ONLY else "target")
+            target = open_target("original", "original" if name in ON_THE_ORIGINAL else "target")
             stages = attack.stages(case, target)
             assert target._model is None, "planning an attack loads no weights"
             assert len({stage.name for stage in stages}) == len({stage.recipe for stage in stages}) == len(stages) > 0
@@ -199,7 +203,7 @@ def test_measure_is_pure(instrument, case, monkeypatch):
 
 def test_findings_carry_what_makes_them_findings(instrument, case):
     found = instrument.measure(case, tiny_evidence())
-    assert bool(found) != (instrument.name in MAKES_MODELS_ONLY)
+    assert found
     for finding in found:
         assert finding.id.startswith(f"{instrument.name}/")
         assert finding.instrument == instrument.name

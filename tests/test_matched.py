@@ -13,7 +13,7 @@ from audit.finetune import descend, endless
 from audit.matched import change_by_site, fine_tune_matched
 from audit.tokens import Tokens
 from audit.weights import Folder, InMemory, TensorRow, compare_tensors
-from detectors.matched_null import MatchedNull, budget_for
+from detectors.trace import Trace, budget_for
 
 
 def site_lengths(model, before) -> dict[int, float]:
@@ -114,8 +114,8 @@ def test_no_null_is_made_of_an_unchanged_model():
     same = {"target": tiny.models["original"], "original": tiny.models["original"]}
     unchanged = replace(case, models=same)
     target = open_target("original", role="original")
-    assert MatchedNull().stages(unchanged, target) == []
+    assert Trace().stages(unchanged, target) == []
     changed = replace(case, models=same | {"target": tiny.models["unlearned"]})
-    stages = MatchedNull().stages(changed, target)
+    stages = Trace().stages(changed, target)
     assert len(stages) == budget_for(changed, target).fine_tunes
     assert len({stage.recipe for stage in stages}) == len(stages)

@@ -64,7 +64,7 @@ def test_the_record_of_the_tiny_world():
     scanned = scan_tiny()
     record = scanned.record
     assert record.not_run == []
-    assert {f.instrument for f in record.findings} == set(names()) - {"matched-null"}
+    assert {f.instrument for f in record.findings} == set(names())
     assert list(record.models) == ["target", "original", "retrained"]
     assert set(record.case.sets) == {"forget", "retain", "holdout", "utility"}
     assert all(s.count == 72 and s.entities == 12 for n, s in record.case.sets.items() if n != "utility")
@@ -376,6 +376,6 @@ def test_no_instrument_left_is_an_inconclusive_record(tmp_path):
 
 
 def test_replayed_evidence_holds_every_role():
-    stages = {"target+relearn-a@10", "target+relearn-a@20", "target+random@0"}
+    stages = {"target+relearn-a@10", "target+relearn-a@20", "target+random@0", "original+patching-taught"}
     stages |= {f"original+null@{k}" for k in range(1, 5)}
     assert set(tiny_evidence().roles) >= {"target", "original", "retrained"} | stages

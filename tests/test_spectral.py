@@ -28,7 +28,6 @@ from audit.record import Finding, Outcome
 from audit.scan import _capture_all, _Run, take_inventories
 from audit.target import Target
 from audit.verdict import judge
-from detectors.matched_null import MatchedNull
 from detectors.spectral import (
     Spectral,
     exchange_p,
@@ -38,6 +37,7 @@ from detectors.spectral import (
     sites_of,
     umap_picture,
 )
+from detectors.trace import Trace
 from reports.plots import draw
 
 # --- plain functions
@@ -354,7 +354,7 @@ def two_tiny_models(folder: Path, original: Path) -> Case:
 
 def test_from_model_to_finding(tiny, tmp_path, one_thread):
     case = two_tiny_models(tmp_path / "changed", tiny("llama"))
-    run = _Run(case, tmp_path / "evidence", SILENT, [Spectral(), MatchedNull()], [])
+    run = _Run(case, tmp_path / "evidence", SILENT, [Spectral(), Trace()], [])
     evidence = _capture_all(run, take_inventories(case))
     assert not run.not_run
     nulls = [f"original+null@{k}" for k in range(1, 5)]

@@ -437,22 +437,27 @@ def test_gguf_is_a_row_that_says_so(models, tmp_path, one_thread):
     assert "gguf weights are not compared" in row.reason
 
 
-@pytest.mark.parametrize("how", ["access", "altered"])
-def test_the_engine_refuses_what_nobody_may_ask(models, tmp_path, how, one_thread):
-    class Asks(Weights):
-        def requests(self, case, target):
-            return [WeightsRequest("mine")]
-
-    run = _Run(case_of(models, access=Access.LOGPROBS if how == "access" else Access.WEIGHTS), tmp_path, SILENT, [], [])
-    instrument = Asks()
-    if how == "access":
-        run.instruments = [instrument]
-        captured(run)
-    else:
-        view = Target("target", take_inventory(models["target"]), template="plain").altered("x@1", "recipe")
-        _capture(run, view, Evidence(), [instrument])
+def test_the_engine_refuses_weights_without_access(models, tmp_path, one_thread):
+    run = _Run(case_of(models, access=Access.LOGPROBS), tmp_path, SILENT, [Weights()], [])
+    captured(run)
     assert run.not_run[0].failed
-    assert {"access": "no access", "altered": "target+x@1"}[how] in run.not_run[0].reason
+    assert "no access" in run.not_run[0].reason
+
+
+def test_an_altered_model_is_compared_as_it_lies_in_memory(models, tmp_path, one_thread):
+    run = _Run(case_of(models), tmp_path, SILENT, [Weights()], [])
+    run.inventories = {role: take_inventory(path) for role, path in models.items()}
+    original = Target("original", run.inventories["original"], template="plain")
+    view = original.altered("null@1", "recipe")
+    view.adopt(original)
+    name, weight = next(iter(view.model.named_parameters()))
+    with torch.no_grad():
+        weight += 1.0
+    evidence = Evidence()
+    _capture(run, view, evidence, run.instruments)
+    rows = {row.name: row.norm for row in evidence.weights("original+null@1", "weights/original")}
+    assert rows.pop(name) == pytest.approx(weight.numel() ** 0.5)
+    assert set(rows.values()) == {0.0}
 
 
 # --- the instrument
