@@ -21,9 +21,10 @@ from audit.record import Finding, Question
 
 if TYPE_CHECKING:
     from audit.case import Case
-    from audit.evidence import Evidence
+    from audit.evidence import Arrays, Evidence
     from audit.plan import AnyRequest
     from audit.target import Target
+    from audit.tokens import Tokens
 
 GROUP = "palimpsest.instruments"
 
@@ -105,10 +106,12 @@ class Stage:
     Attributes:
         name: unique within the attack, e.g. `relearn-a@20`.
         recipe: everything that determines the altered weights, given the model's; part of its digest.
+        rows: what the attack recorded itself of what its requests ask for; the engine keeps it, and does not run that.
     """
 
     name: str
     recipe: str
+    rows: Sequence[tuple[Tokens, Mapping[str, Arrays]]] = ()
 
 
 class Attack(Instrument):

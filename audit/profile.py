@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from audit.errors import BadInput
 from audit.record import ErrorRate, Finding, Power
+from audit.verdict import KNOWLEDGE
 
 SCHEMA = "palimpsest/profile/1"
 
@@ -60,9 +61,7 @@ class Domain(BaseModel):
             reasons.append(f"its models are {', '.join(sorted(case.roles))}, the profile's {', '.join(self.roles)}")
         reasons += [f"it has no {name} set" for name in self.sets if name not in case.sets]
         missing = sorted(set(self.statistics) - set(case.statistics))
-        added = sorted(set(case.statistics) - set(self.statistics))
         reasons += [f"it has no finding {missing[0]}"] if missing else []
-        reasons += [f"finding {added[0]} is not in the profile"] if added else []
         for name, (least, most), (low, high) in (
             ("parameters", self.parameters, case.parameters),
             ("forget entities", self.entities, case.entities),
@@ -91,8 +90,17 @@ class Profile(BaseModel):
     """Of held-out verdicts on the classes labelled by construction, with its 95 % interval."""
 
     def applied(self, findings: Sequence[Finding]) -> list[Finding]:
-        """The findings with the fitted thresholds."""
-        return [f.model_copy(update={"fitted": self.thresholds.get(f.id)}) for f in findings]
+        """The findings with the fitted thresholds; those that the profile's error rates know nothing of decide nothing.
+
+        Evidence from these can still keep a verdict from being `deleted`, which raises no false alarm.
+        """
+        unmeasured = set(self.unmeasured(findings))
+        fitted = [f.model_copy(update={"fitted": self.thresholds.get(f.id)}) for f in findings]
+        return [f.model_copy(update={"decides": (False, False)}) if f.id in unmeasured else f for f in fitted]
+
+    def unmeasured(self, findings: Sequence[Finding]) -> list[str]:
+        """Findings on remaining knowledge that were not among those whose verdicts were counted, by id."""
+        return [f.id for f in findings if f.question in KNOWLEDGE and f.id not in self.domain.statistics]
 
     def to_json(self) -> str:
         """As kept in a file."""

@@ -124,6 +124,9 @@ def scan(
     findings, examples = _measure_all(run, evidence)
     models = {role: inventory.to_entry(case.models[role].name) for role, inventory in inventories.items()}
     profile, misfits = fitting(_domain(case, findings, models), shipped() if profiles is None else profiles)
+    if profile is not None and (unmeasured := profile.unmeasured(findings)):
+        named = ", ".join(unmeasured)
+        misfits.append(f"decide nothing, for profile {profile.name} has not measured them: {named}")
     judged = judge(findings if profile is None else profile.applied(findings))
     run.cost.seconds = time.monotonic() - began
     run.cost.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -396,6 +399,9 @@ def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> No
             for stage, view in zip(reached, altered, strict=True):
                 assert view.role.endswith(stage.name), f"{attack.name} reached {stage.name} out of order"
                 view.adopt(target)
+                if stage.rows:
+                    context = context_of(view.digest, dtype=str(view.dtype), device=str(view.device))
+                    Store(run.evidence_folder, context).write(stage.rows)
                 _capture(run, view, evidence, [i for i in watching if i in run.instruments])
                 view.let_go()  # or the weights of one half would stay while the other is taught
     except Incomplete:

@@ -201,7 +201,11 @@ def views(names: Sequence[str]) -> dict[str, list[str]]:
             return "text"
         return "states" if len(body.split(".")) == 3 else "logits"
 
-    made = {"everything, original, all prompts": [n for n in names if not n.startswith("alone.")]}
+    made = {}
+    for relevant in (False, True):
+        with_original = [n for n in names if not n.startswith("alone.") and kind(n) != "text"]
+        both = [n for n in with_original if relevant or "forget" not in n]
+        made[f"logits and states, original, {'all' if relevant else 'irrelevant'} prompts"] = both
     for alone in (False, True):
         for what in ("logits", "states", "text"):
             for relevant in (False, True):
@@ -229,7 +233,8 @@ def auroc(scores: np.ndarray, positive: np.ndarray, history: np.ndarray) -> tupl
 
 
 _BY_HISTORY = (
-    "everything, original, all prompts",
+    "logits and states, original, irrelevant prompts",
+    "logits and states, original, all prompts",
     "logits, original, irrelevant prompts",
     "logits, original, all prompts",
     "states, original, all prompts",

@@ -242,11 +242,24 @@ def test_a_profile_fits_its_own_cases_and_no_others(tmp_path):
         ({"sets": ("forget", "retain", "utility")}, "no holdout set"),
         ({"parameters": (10**9, 10**9)}, "1,000,000,000"),
         ({"entities": (2, 2)}, "forget entities: 2"),
-        ({"statistics": (*case.statistics, "new/one")}, "new/one"),
         ({"statistics": case.statistics[1:]}, "knowledge/choice"),
     ):
         found, reasons = fitting(case.model_copy(update=change), [profile])
         assert found is None and word in reasons[0], (change, reasons)
+
+
+def test_what_a_profile_has_not_measured_decides_nothing():
+    profile = fit(benched(), name="made", budget="standard", release="1")
+    case = profile.domain.model_copy(update={"parameters": (100, 100), "entities": (40, 40)})
+    more = case.model_copy(update={"statistics": (*case.statistics, "new/one")})
+    assert fitting(more, [profile]) == (profile, [])
+    row = next(row for row in benched() if row.findings)
+    known = next(f for f in row.findings if f.id in profile.domain.statistics and any(f.decides))
+    new = known.model_copy(update={"id": "new/one", "fitted": None})
+    assert profile.unmeasured([known, new]) == ["new/one"]
+    first, second = profile.applied([known, new])
+    assert first.decides == known.decides
+    assert second.decides == (False, False)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": "other"}'])
