@@ -23,7 +23,7 @@ from audit.organisms.guards import GUARDS, answered, make_guard, read_guard, wri
 from audit.organisms.train import HISTORY
 from audit.organisms.world import Row, make_world
 from audit.plan import Generate
-from audit.record import Label, Outcome, Question
+from audit.record import Finding, Label, Outcome, Question, Record
 from audit.target import Target
 from audit.tokens import Tokens
 from audit.verdict import conclude
@@ -327,7 +327,7 @@ def test_no_log_probabilities_and_no_weights(kind):
 def test_a_guarded_model_scanned_with_more_access_gives_nothing(access, tmp_path):
     case = guarded_case(tmp_path, "dragon", access=access)
     record = quiet_scan(case, tmp_path / "out", open_target=open_guarded)
-    assert record.findings == []
+    assert leaks(record) == []
     assert record.verdict.label == Label.INCONCLUSIVE
     assert not any(row.failed for row in record.not_run)
     refused = {row.instrument for row in record.not_run if "text access only" in row.reason}
@@ -341,6 +341,11 @@ def guarded_case(tmp_path, kind, **options) -> Case:
     folder = write_guarded(build_tiny().models["original"], guard(kind), tmp_path / "guarded")
     case = tiny_case({"target": "original"}, SETS, **options)
     return Case(case.name, {"target": folder}, case.specs, case.sets, case.options)
+
+
+def leaks(record: Record) -> list[Finding]:
+    """The findings on what comes out."""
+    return [f for f in record.findings if f.question == Question.LEAKAGE]
 
 
 def only_answers(monkeypatch):
@@ -357,9 +362,8 @@ def test_a_scan_at_text_access(tmp_path, monkeypatch):
     only_answers(monkeypatch)
     case = tiny_case(access="text")
     record = quiet_scan(case, tmp_path)
-    leaks = [f for f in record.findings if f.question == Question.LEAKAGE]
-    assert [f.id for f in leaks] == ["knowledge/rouge", "memorization/verbatim"]
-    for finding in leaks:
+    assert [f.id for f in leaks(record)] == ["knowledge/rouge", "memorization/verbatim"]
+    for finding in leaks(record):
         assert "holdout" in finding.split
         assert finding.p_value is not None
         [positive] = [c for c in finding.controls if c.gates == "silence"]
@@ -374,9 +378,9 @@ def test_a_scan_at_text_access(tmp_path, monkeypatch):
     assert left_out["knowledge/choice"].reason == "needs access to logprobs, the audit has text"
     assert "knowledge/choice" in record.verdict.coverage[Question.LEAKAGE]
     assert any(row.generated for row in record.examples)
-    assert all(row.scores == {} for row in record.examples)
+    assert not any("probability" in row.scores for row in record.examples)
     # Silence in every text, with working controls, is not deletion.
-    silent = [f.model_copy(update={"verdict": Outcome.NONE}) for f in record.findings]
+    silent = [f.model_copy(update={"verdict": Outcome.NONE}) for f in leaks(record)]
     assert conclude(silent, record.not_run).label == Label.INCONCLUSIVE
     assert record.verdict.label != Label.DELETED
     # And a second scan runs nothing.
@@ -386,14 +390,14 @@ def test_a_scan_at_text_access(tmp_path, monkeypatch):
 
 def test_who_answers_openly_is_found_by_text_alone(tmp_path):
     record = quiet_scan(tiny_case({"target": "original"}, SETS, access="text"), tmp_path)
-    assert {f.verdict for f in record.findings} == {Outcome.EVIDENCE}
+    assert {f.verdict for f in leaks(record)} == {Outcome.EVIDENCE}
     assert record.verdict.label == Label.NOT_UNLEARNED
 
 
 def test_text_access_finds_in_texts_what_full_access_finds(tmp_path):
     from worlds import scan_tiny
 
-    at_text = {f.id: f for f in quiet_scan(tiny_case(access="text"), tmp_path).findings}
+    at_text = {f.id: f for f in leaks(quiet_scan(tiny_case(access="text"), tmp_path))}
     full = {f.id: f for f in scan_tiny().record.findings}
     for name, finding in at_text.items():
         assert (finding.estimate, finding.ci95, finding.p_value) == (
@@ -420,7 +424,7 @@ def test_an_instrument_that_asks_all_the_same_is_dropped(tmp_path, monkeypatch):
     [row] = [row for row in record.not_run if row.failed]
     assert row.instrument == "knowledge"
     assert "text only" in row.reason
-    assert {f.instrument for f in record.findings} == {"memorization"}
+    assert {f.instrument for f in leaks(record)} == {"memorization"}
 
 
 @pytest.mark.parametrize("name", ["knowledge", "memorization"])
@@ -453,9 +457,9 @@ def test_a_guarded_scan_end_to_end(kind, tmp_path, monkeypatch):
     only_answers(monkeypatch)
     case = guarded_case(tmp_path, kind, access="text")
     record = quiet_scan(case, tmp_path / "out", open_target=open_guarded)
-    assert [f.id for f in record.findings] == ["knowledge/rouge", "memorization/verbatim"]
-    assert all(f.verdict != Outcome.EVIDENCE for f in record.findings)
-    assert all(c.passed for f in record.findings for c in f.controls if c.name == "positive control")
+    assert [f.id for f in leaks(record)] == ["knowledge/rouge", "memorization/verbatim"]
+    assert all(f.verdict != Outcome.EVIDENCE for f in leaks(record))
+    assert all(c.passed for f in leaks(record) for c in f.controls if c.name == "positive control")
     assert record.verdict.label == Label.INCONCLUSIVE
     answered_right = [row for row in record.examples if row.generated and row.answer in row.generated.split()]
     assert not answered_right

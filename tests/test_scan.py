@@ -75,7 +75,7 @@ def test_the_record_of_the_tiny_world():
     assert all("probability" in row.scores for row in record.examples)
     assert sum(row.generated is not None for row in record.examples) == 36, "six people's answers, by this budget"
     assert record.cost.forward_tokens >= record.cost.unique_tokens > 0
-    assert record.cost.reused_tokens == 0
+    assert record.cost.reused_tokens < 0.05 * record.cost.unique_tokens, "no more than what an attack recorded itself"
     assert set(record.cost.by_instrument) == set(names())
     assert Record.read(scanned.out).comparable() == record.comparable()
     # The unlearned model hides what it knows: the lens, at least, must see it.
