@@ -35,6 +35,7 @@ from audit.record import (
     InstrumentCost,
     ModelEntry,
     NotRun,
+    Question,
     Record,
     SetEntry,
     Tool,
@@ -394,7 +395,8 @@ def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> No
             for view in altered:
                 _capture(run, view, evidence, watching)
             return
-        with run.progress.step(f"attack {attack.name}{attack.cost(run.case, target)}", 1000) as tick:
+        kind = "attack " if attack.question == Question.RECOVERY else ""
+        with run.progress.step(f"{kind}{attack.name}{attack.cost(run.case, target)}", 1000) as tick:
             reached = attack.run(run.case, target, lambda done, total: tick(int(1000 * done / total)))
             for stage, view in zip(reached, altered, strict=True):
                 assert view.role.endswith(stage.name), f"{attack.name} reached {stage.name} out of order"

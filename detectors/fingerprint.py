@@ -39,6 +39,7 @@ STILL = -10.0
 """The log-odds of a model that did not move."""
 
 _FLOOR = 1e-9
+_FOLDS = 8
 _DISTANCES = ("kl", "moved")
 _REACH = 4.0  # standard deviations: beyond, a linear rule knows nothing, so it is not led further
 
@@ -285,8 +286,8 @@ class Classifier:
 
     @cached_property
     def held_out(self) -> Floats:
-        """Log-odds [models] of the table's own, each by a classifier that saw neither its history nor its family."""
-        return held_out_scores(self.table, self.names)
+        """Log-odds [models] of the table's own, by classifiers that saw neither a model's history nor its family."""
+        return held_out_scores(self.table, self.names, folds=_FOLDS)
 
     @property
     def highest_ordinary(self) -> float:
@@ -294,18 +295,19 @@ class Classifier:
         return float(np.quantile(self.held_out[~self.table.unlearned], 0.99))
 
 
-def held_out_scores(table: Table, names: Sequence[str], use: ArrayLike | None = None) -> Floats:
+def held_out_scores(table: Table, names: Sequence[str], folds: int | None = None) -> Floats:
     """Log-odds [models], each by a classifier that saw no model of the same history, and none of the same family.
 
-    `use`: [models], which to train on and to score (NaN for the rest); all if not given.
+    `folds`: into so many the histories are dealt, and a fold is held out as a whole, which takes fewer fits; if not
+    given, each history by itself. NaN where too little is left to train on.
     """
-    x = table.columns(names)
-    used = np.ones(len(x), dtype=bool) if use is None else np.asarray(use, dtype=bool)
-    history, family = np.array(table.histories), np.array(table.families)
+    x, family = table.columns(names), np.array(table.families)
+    kinds = sorted(set(table.histories), key=lambda h: (bool(table.unlearned[table.histories.index(h)]), h))
+    fold = np.array([kinds.index(h) % (folds or len(kinds)) for h in table.histories])
     scores = np.full(len(x), np.nan)
-    for pair in sorted(set(zip(history[used], family[used], strict=True))):
-        tested = used & (history == pair[0]) & (family == pair[1])
-        train = used & (history != pair[0]) & (family != pair[1])
+    for pair in sorted(set(zip(fold.tolist(), family.tolist(), strict=True))):
+        tested = (fold == pair[0]) & (family == pair[1])
+        train = (fold != pair[0]) & (family != pair[1])
         if len(np.unique(table.unlearned[train])) == 2:
             scores[tested] = _scores(_fit(x[train], table.unlearned[train]), names, x[tested])
     return scores
