@@ -40,11 +40,12 @@ from numpy.typing import NDArray
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
-from audit.finetune import descend, endless
+from audit.finetune import descend, endless, learning_rate
 from audit.instrument import Access, Attack, Stage
 from audit.loaders import Example
 from audit.plan import Request
 from audit.record import Finding, Question
+from audit.statistics import halves
 from audit.tokens import Tokens
 from detectors.knowledge import choice_correct
 
@@ -90,17 +91,9 @@ class Recipe:
 def recipe_for(case: Case, target: Target) -> Recipe:
     """The budget's steps; the learning rate falls with the cube root of size (3e-4 at a million parameters)."""
     steps = {"quick": (10, 20), "standard": (5, 10, 20, 40), "thorough": (5, 10, 20, 40, 80)}
-    size = max(1, target.inventory.parameters)
-    rate = float(np.clip(3e-4 * (1e6 / size) ** (1 / 3), 2e-5, 3e-4))
+    size = target.inventory.parameters
+    rate = learning_rate(size, 3e-4, 2e-5)
     return Recipe(steps[case.options.budget.value], 32 if size < 2e7 else 16, rate)
-
-
-def halves(clusters: list[str], seed: int) -> NDArray[np.bool_]:
-    """Which rows belong to half `a`: whole entities, drawn by seed. Shape [rows]."""
-    entities = sorted(set(clusters))
-    np.random.default_rng(seed).shuffle(entities)
-    first = set(entities[: len(entities) // 2])
-    return np.array([cluster in first for cluster in clusters])
 
 
 def fine_tune(

@@ -302,11 +302,11 @@ def _distribution(statistic: Statistic, score: Score, clusters: dict[str, list[s
         alt=f"Histograms of {statistic.words} over the rows of each set in the target; quartiles in the table.",
         x_label=statistic.unit,
         y_label="share of rows",
-        series=[Series(label=name, x=_thinned(values), y=[], role=_STYLE[name]) for name, values in rows.items()],
+        series=[Series(label=name, x=thinned(values), y=[], role=_STYLE[name]) for name, values in rows.items()],
     )
 
 
-def _thinned(values: Floats) -> list[float]:
+def thinned(values: Floats) -> list[float]:
     """At most 401 values with the same distribution, to six digits: a record is no place for raw data."""
     if len(values) > 401:
         values = np.quantile(values, np.linspace(0, 1, 401))

@@ -11,14 +11,18 @@ scikit-learn is imported only when one of the functions is called.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from audit.record import Control
 from audit.statistics import Estimate, Seed, auc_two_sample, cluster_index
 
 FOLDS = 5
+SEPARABLE = 0.1
+"""How far above one half the words' AUC may lie before a split counts as unfair."""
+
 FEWEST_CLUSTERS = 4  # in each set; with fewer, no classifier can be trained and tested on different ones
 
 
@@ -92,3 +96,23 @@ def bag_of_words_auc(
         )
         scores[test] = model.fit(rows[train], labels[train]).decision_function(rows[test])
     return auc_two_sample(scores[labels == 1], scores[labels == 0], a, b, seed=rng)
+
+
+def bag_of_words_control(
+    texts: Mapping[str, Sequence[str]], clusters: Mapping[str, ArrayLike], *, seed: Seed
+) -> Control:
+    """The control that forbids evidence where words alone tell forget from holdout texts.
+
+    `texts` and `clusters`: by set, `forget` and `holdout` among them.
+    """
+    words = bag_of_words_auc(texts["forget"], texts["holdout"], clusters["forget"], clusters["holdout"], seed=seed)
+    return Control(
+        name="bag of words",
+        description="do the words alone, without any model, tell forget from holdout? (AUC, must stay near 0.5)",
+        estimate=words.value,
+        ci95=(words.lo, words.hi),
+        n=words.n,
+        # A pooled out-of-fold AUC lies below one half by chance where nothing separates: only above counts.
+        passed=not (words.lo > 0.5 and words.value > 0.5 + SEPARABLE),
+        gates="evidence",
+    )

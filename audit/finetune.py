@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def learning_rate(parameters: int, most: float, least: float) -> float:
+    """For a model of that many parameters: `most` up to a million, falling with the cube root of size, to `least`."""
+    return float(np.clip(most * (1e6 / max(1, parameters)) ** (1 / 3), least, most))
+
+
 def endless(rows: Sequence[Tokens], rng: np.random.Generator) -> Iterator[Tokens]:
     """The rows in random order, reshuffled whenever they are exhausted."""
     while True:

@@ -218,14 +218,12 @@ def _capture_all(
 def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequence[Instrument]) -> None:
     """Ask the instruments what they need of this model, and run what the store does not hold."""
     from audit.capture import Engine
-    from audit.evidence import Store, context_of
     from audit.plan import Generate, Patched, Request, Weights
 
     requests: list[AnyRequest] = []
     patches: list[tuple[Instrument, Patched]] = []
     asked: dict[str, AnyRequest] = {}
-    context = context_of(target.digest, dtype=str(target.dtype), device=str(target.device))
-    store = Store(run.evidence_folder, context)
+    store = _store(run, target)
     for instrument in instruments:
         began = time.monotonic()
         try:
@@ -265,6 +263,13 @@ def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequenc
             evidence.add_texts(target.role, request.name, texts)
     if "+" not in target.role:
         evidence.noise[target.role] = _noise(store, engine, [r for r in requests if isinstance(r, Request)])
+
+
+def _store(run: _Run, target: Target) -> Store:
+    """Where the captures of a model lie."""
+    from audit.evidence import Store, context_of
+
+    return Store(run.evidence_folder, context_of(target.digest, dtype=str(target.dtype), device=str(target.device)))
 
 
 def _compare(run: _Run, target: Target, store: Store, request: Weights) -> list[TensorRow]:
@@ -376,8 +381,6 @@ def _noise(store: Store, engine: Engine, requests: list[Request]) -> float:
 
 def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> None:
     """Visit the altered models of an attack, unless every one's captures are on disk already."""
-    from audit.evidence import Store, context_of
-
     began = time.monotonic()
     watching = [attack, *(i for i in run.instruments if attack.name in i.watches)]
     try:
@@ -387,7 +390,7 @@ def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> No
         altered = [target.altered(stage.name, f"{attack.name}/{release}/{stage.recipe}") for stage in stages]
         complete = True
         for view in altered:
-            store = Store(run.evidence_folder, context_of(view.digest, dtype=str(view.dtype), device=str(view.device)))
+            store = _store(run, view)
             complete = complete and all(
                 _holds(run, evidence, store, r) for i in watching for r in i.requests(run.case, view)
             )
@@ -402,8 +405,7 @@ def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> No
                 assert view.role.endswith(stage.name), f"{attack.name} reached {stage.name} out of order"
                 view.adopt(target)
                 if stage.rows:
-                    context = context_of(view.digest, dtype=str(view.dtype), device=str(view.device))
-                    Store(run.evidence_folder, context).write(stage.rows)
+                    _store(run, view).write(stage.rows)
                 _capture(run, view, evidence, [i for i in watching if i in run.instruments])
                 view.let_go()  # or the weights of one half would stay while the other is taught
     except Incomplete:

@@ -338,6 +338,30 @@ def tpr_at_fpr(positive: ArrayLike, negative: ArrayLike, fpr: float = 0.01) -> f
     return 1.0 if allowed >= len(neg) else float((pos > np.sort(neg)[::-1][allowed]).mean())
 
 
+# --- directions ---------------------------------------------------------------------------------------------
+
+
+def principal_axes(rows: ArrayLike, k: int = 1) -> tuple[FloatArray, FloatArray]:
+    """The k lines [k, d] along which rows [n, d] vary most, of unit length, and the standard deviations along them [k].
+
+    Right singular vectors of the rows less their mean. The sign is that of the largest loading, made positive. Raises
+    `ValueError` where k is not between 1 and min(n - 1, d).
+    """
+    x = np.asarray(rows, dtype=np.float64)
+    if x.ndim != 2 or not 1 <= k <= min(len(x) - 1, x.shape[1]):
+        raise ValueError(f"k = {k} directions of states of shape {x.shape}")
+    x = x - x.mean(0)
+    wide = len(x) < x.shape[1]  # the smaller Gram matrix has the same singular values
+    values, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)
+    axes = vectors[:, : -k - 1 : -1].T
+    if wide:
+        axes = axes @ x
+        axes /= np.maximum(np.linalg.norm(axes, axis=1, keepdims=True), np.finfo(float).tiny)
+    largest = np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1)
+    deviations = np.sqrt(np.maximum(values[: -k - 1 : -1], 0) / (len(x) - 1))
+    return np.asarray(axes * np.where(largest < 0, -1.0, 1.0)), np.asarray(deviations)
+
+
 # --- multiplicity ------------------------------------------------------------------------------------------
 
 
@@ -417,6 +441,25 @@ def cluster_index(clusters: ArrayLike, n: int, name: str) -> NDArray[np.intp]:
     if labels.dtype.kind == "f" and np.isnan(labels).any():
         raise ValueError(f"{name} has missing labels")
     return np.asarray(np.unique(labels, return_inverse=True)[1], dtype=np.intp)
+
+
+def halves(clusters: ArrayLike, seed: int) -> NDArray[np.bool_]:
+    """Which rows belong to one half of the clusters, drawn by seed: whole clusters, [n]."""
+    names = np.unique(clusters)
+    return np.isin(clusters, np.random.default_rng(seed).permutation(names)[: len(names) // 2])
+
+
+def dealt(clusters: ArrayLike, groups: int, seed: Seed) -> NDArray[np.intp]:
+    """To which of some groups, of equally many clusters, each row's cluster was dealt: [n]."""
+    names, place = np.unique(clusters, return_inverse=True)
+    return np.asarray((np.random.default_rng(seed).permutation(len(names)) % groups)[place], dtype=np.intp)
+
+
+def jackknife_error(without: ArrayLike) -> float:
+    """Standard error of a number from what it is without each of k groups, [k]; infinite without groups."""
+    values = np.asarray(without, dtype=np.float64)
+    k = len(values)
+    return math.sqrt((k - 1) / k * float(((values - values.mean()) ** 2).sum())) if k else math.inf
 
 
 def _group(

@@ -117,6 +117,11 @@ class Target:
         """
         return self._tokens(prompt, answer)
 
+    def decision(self, prompt: str, answer: str) -> Tokens:
+        """A prompt up to its answer's first token, which is scored; a passage without a prompt up to its last."""
+        tokens = self.encode(prompt, answer)
+        return tokens.begun(1) if prompt else Tokens(tokens.ids, len(tokens.ids) - 1)
+
     def _tokens(self, prompt: str, answer: str) -> Tokens:
         known = self._encoded.get((prompt, answer))
         if known is None:

@@ -31,6 +31,10 @@ class Tokens:
         """Number of scored tokens, at least 1."""
         return len(self.ids) - self.start
 
+    def begun(self, scored: int) -> Tokens:
+        """The same sequence up to its first `scored` scored tokens; rivals are left behind."""
+        return Tokens(self.ids[: self.start + scored], self.start)
+
     @property
     def key(self) -> str:
         """Content address of ids and rivals: 32 hex digits. `start` is part of it only where there are rivals."""

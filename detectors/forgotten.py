@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 
 from audit.case import Case
 from audit.contrast import ALPHA
-from audit.controls import bag_of_words_auc
+from audit.controls import SEPARABLE, bag_of_words_auc
 from audit.errors import BadInput
 from audit.evidence import Arrays, Evidence
 from audit.instrument import Access, Instrument
@@ -65,6 +65,7 @@ from detectors.suspicion import (
     together,
     unusual,
 )
+from detectors.tracing import NULL
 
 if TYPE_CHECKING:
     from audit.target import Target
@@ -79,8 +80,6 @@ FEWEST_ITEMS = 10
 """With fewer there is no telling what is usual in a list."""
 
 _LISTED = ("forget", "retain", "neighbor", "utility")
-_NULL = "original+null@"
-_SEPARABLE = 0.1
 _MOST_ROWS = 50
 _SOURCE = "this project, 2026, after Chen et al. 2025, arXiv 2506.14003; Benjamini & Hochberg 1995"
 
@@ -107,7 +106,7 @@ class Forgotten(Instrument):
 
     def requests(self, case: Case, target: Target) -> list[Request | Generate]:
         """The distribution where each answer is decided; at text access the beginning of the answer."""
-        if "+" in target.role and not target.role.startswith(_NULL):
+        if "+" in target.role and not target.role.startswith(NULL):
             return []
         if case.options.access < Access.LOGPROBS:
             return [
@@ -142,7 +141,7 @@ class Forgotten(Instrument):
 
     def _items(self, case: Case, listed: _List, found: Suspects, others: dict[str, Suspects]) -> Finding:
         n, k = len(listed.items), int(found.stands_out.sum())
-        nulls = [float(other.stands_out.mean()) for role, other in others.items() if role.startswith(_NULL)]
+        nulls = [float(other.stands_out.mean()) for role, other in others.items() if role.startswith(NULL)]
         controls = [
             _original_at_hand(case),
             Control(
@@ -184,7 +183,7 @@ class Forgotten(Instrument):
         self, case: Case, listed: _List, found: Suspects, others: dict[str, Suspects], alone: Suspects | None
     ) -> Finding:
         area = _auc(case, listed, found)
-        nulls = [_auc(case, listed, o).value for role, o in others.items() if role.startswith(_NULL)]
+        nulls = [_auc(case, listed, o).value for role, o in others.items() if role.startswith(NULL)]
         words = _words(case, listed)
         controls = [_original_at_hand(case), _unseparated("bag of words", "the words of the queries alone", words)]
         if alone is not None:
@@ -206,7 +205,7 @@ class Forgotten(Instrument):
             null_value=0.5,
             p_value=area.p_value,
             smallest_p=area.smallest_p,
-            threshold=_SEPARABLE,
+            threshold=SEPARABLE,
             decides=(False, False),
             sides=(Side.UNLEARNED, Side.NEITHER),
             controls=controls,
@@ -216,7 +215,7 @@ class Forgotten(Instrument):
     def _positive(self, case: Case, listed: _List, others: dict[str, Suspects]) -> Control:
         """The retrained model in the target's place: it never saw the forget set, and must be seen to lack it."""
         area = _auc(case, listed, others["retrained"]) if "retrained" in others and listed.both else None
-        seen = bool(area and area.p_value is not None and area.p_value <= ALPHA and area.value >= 0.5 + _SEPARABLE)
+        seen = bool(area and area.p_value is not None and area.p_value <= ALPHA and area.value >= 0.5 + SEPARABLE)
         return Control(
             name="positive control",
             description="AUROC of the forget items in the retrained model, put in the target's place"
@@ -241,7 +240,7 @@ def decided(target: Target, row: Example) -> Tokens:
     tokens = target.encode(row.prompt, row.answer)
     if not row.prompt:
         return Tokens(tokens.ids, max(tokens.start, len(tokens.ids) - POSITIONS))
-    return Tokens(tokens.ids[: tokens.start + POSITIONS], tokens.start)
+    return tokens.begun(POSITIONS)
 
 
 def moved(original: Arrays, target: Arrays) -> float:
@@ -302,7 +301,7 @@ def _asked(target: Target, row: Example) -> tuple[int, ...]:
 def _references(case: Case, evidence: Evidence) -> list[str]:
     """The models looked at besides the target: the retrained one, and fine-tunes matched to the target's change."""
     asked = _request(_listed(case)[0])
-    others = [r for r in evidence.roles if (r == "retrained" or r.startswith(_NULL)) and evidence.has(r, asked)]
+    others = [r for r in evidence.roles if (r == "retrained" or r.startswith(NULL)) and evidence.has(r, asked)]
     return [role for role in others if _alike(case, evidence, role)]
 
 
@@ -426,7 +425,7 @@ def _unseparated(name: str, told: str, area: Estimate) -> Control:
         estimate=area.value if math.isfinite(area.value) else None,
         ci95=(area.lo, area.hi),
         n=area.n,
-        passed=not (area.lo > 0.5 and area.value > 0.5 + _SEPARABLE),
+        passed=not (area.lo > 0.5 and area.value > 0.5 + SEPARABLE),
         gates="evidence",
     )
 

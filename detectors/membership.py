@@ -52,7 +52,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
-from audit.controls import bag_of_words_auc
+from audit.controls import SEPARABLE, bag_of_words_control
 from audit.evidence import Evidence
 from audit.instrument import Access, Instrument
 from audit.loaders import Example
@@ -210,7 +210,6 @@ def privleak(auc: float, auc_reference: float = 0.5) -> PrivLeak:
 
 # --- instrument ---------------------------------------------------------------------------------------------
 
-_SEPARABLE = 0.1  # distance of the bag-of-words AUC from 0.5 from which on the split itself is the signal
 _PREFIX_ROWS = 3
 
 
@@ -266,17 +265,7 @@ class Membership(Instrument):
         _, unprefixed = _split_prefix(case)
         texts = {name: [f"{r.prompt} {r.answer}" for r in rows[name]] for name in rows}
         clusters = {name: case.clusters(rows[name]) for name in rows}
-        words = bag_of_words_auc(texts["forget"], texts["holdout"], clusters["forget"], clusters["holdout"], seed=seed)
-        # A pooled out-of-fold AUC lies below one half by chance where nothing separates: only above counts.
-        separable = Control(
-            name="bag of words",
-            description="do the words alone, without any model, tell forget from holdout? (AUC, must stay near 0.5)",
-            estimate=words.value,
-            ci95=(words.lo, words.hi),
-            n=words.n,
-            passed=not (words.lo > 0.5 and words.value > 0.5 + _SEPARABLE),
-            gates="evidence",
-        )
+        separable = bag_of_words_control(texts, clusters, seed=seed)
 
         def values(role: str, name: str) -> list[Any]:
             return evidence.scores(role, f"{name}/answer", "token", "moments")
@@ -367,7 +356,7 @@ def _retrained_auc(case: Case, score: Any, clusters: dict[str, list[str]]) -> li
             estimate=area.value,
             ci95=(area.lo, area.hi),
             n=area.n,
-            passed=area.lo <= 0.5 <= area.hi or abs(area.value - 0.5) < _SEPARABLE,
+            passed=area.lo <= 0.5 <= area.hi or abs(area.value - 0.5) < SEPARABLE,
             gates="evidence",
         )
     ]

@@ -47,7 +47,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
-from audit.controls import bag_of_words_auc, grouped_folds
+from audit.controls import bag_of_words_control, grouped_folds
 from audit.errors import BadInput
 from audit.evidence import Evidence
 from audit.instrument import Access, Instrument
@@ -534,23 +534,9 @@ class Remind(Instrument):
                 ]
             )
         texts = {name: [f"{r.prompt} {r.answer}" for r in rows[name]] for name in ("forget", "holdout")}
-        words = bag_of_words_auc(
-            texts["forget"],
-            texts["holdout"],
-            case.clusters(rows["forget"]),
-            case.clusters(rows["holdout"]),
-            seed=seed,
-        )
-        lines.append(["words alone, forget vs holdout", words.value, None])
-        control = Control(
-            name="bag of words",
-            description="do the words alone, without any model, tell forget from holdout? (AUC, must stay near 0.5)",
-            estimate=words.value,
-            ci95=(words.lo, words.hi),
-            n=words.n,
-            passed=not (words.lo > 0.5 and words.value > 0.6),
-            gates="evidence",
-        )
+        clusters = {name: case.clusters(rows[name]) for name in texts}
+        control = bag_of_words_control(texts, clusters, seed=seed)
+        lines.append(["words alone, forget vs holdout", control.estimate, None])
         columns = [
             "forget / holdout / retain told apart by",
             "AUC (macro, one against the rest)",

@@ -40,14 +40,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from audit.case import Case
+from audit.contrast import thinned
 from audit.errors import BadInput
 from audit.evidence import Evidence
 from audit.instrument import Access, Instrument
-from audit.loaders import Example
 from audit.plan import Request
 from audit.quantities import hidden
 from audit.record import Control, Figure, Finding, MaybeNumber, Question, Series, Side, Table
-from audit.tokens import Tokens
+from audit.statistics import dealt, jackknife_error, principal_axes
 from detectors.tracing import GROUPS, NULL, is_edit_of_original, predictive_p, rows_of
 
 if TYPE_CHECKING:
@@ -69,22 +69,8 @@ STILL = 1e-6
 
 
 def leading_directions(states: ArrayLike, k: int = 1) -> Floats:
-    """The first k right singular vectors [k, d] of states [n, d] less their mean: the lines along which they vary most.
-
-    The sign is that of the largest loading, made positive. Raises `ValueError` where k is not between 1 and
-    min(n - 1, d).
-    """
-    x = np.asarray(states, dtype=np.float64)
-    if x.ndim != 2 or not 1 <= k <= min(len(x) - 1, x.shape[1]):
-        raise ValueError(f"k = {k} directions of states of shape {x.shape}")
-    x = x - x.mean(0)
-    if len(x) < x.shape[1]:  # the smaller Gram matrix has the same singular values
-        found = np.linalg.eigh(x @ x.T)[1][:, : -k - 1 : -1].T @ x
-        found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), np.finfo(float).tiny)
-    else:
-        found = np.linalg.eigh(x.T @ x)[1][:, : -k - 1 : -1].T
-    largest = np.take_along_axis(found, np.abs(found).argmax(1)[:, None], 1)
-    return np.asarray(found * np.where(largest < 0, -1.0, 1.0))
+    """The first k right singular vectors [k, d] of states [n, d] less their mean: see `principal_axes`."""
+    return principal_axes(states, k)[0]
 
 
 def projections(states: ArrayLike, directions: ArrayLike, centre: ArrayLike = 0.0) -> Floats:
@@ -174,7 +160,7 @@ class Spectral(Instrument):
         return [
             Request(
                 f"spectral/{name}",
-                tuple(_beginning(target, row) for row in rows_of(case, name)),
+                tuple(target.decision(row.prompt, row.answer) for row in rows_of(case, name)),
                 (hidden(*sites),),
                 {"sites": sites},
             )
@@ -228,13 +214,6 @@ def sites_of(layers: int) -> tuple[str, ...]:
     return (*(f"blocks.{block}.hook_{part}" for block in blocks for part in parts), "ln_final.hook_out")
 
 
-def _beginning(target: Target, row: Example) -> Tokens:
-    """A prompt up to its answer's first token; a passage without a prompt up to its last."""
-    tokens = target.encode(row.prompt, row.answer)
-    start = tokens.start if row.prompt else len(tokens.ids) - 1
-    return Tokens(tokens.ids[: start + 1], start)
-
-
 class _View:
     """The states of the models, one model at a time in memory beside the original."""
 
@@ -246,9 +225,8 @@ class _View:
         self.clusters = [f"{name}/{who}" for name in self.sets for who in case.clusters(rows_of(case, name))]
         self.names: tuple[str, ...] = evidence.extra("original", "spectral/retain")["sites"]
         self._original = self.states("original")
-        entities, place = np.unique(self.clusters, return_inverse=True)
-        group = (np.random.default_rng(self.seed).permutation(len(entities)) % GROUPS)[place]
-        self.kept = [group != left for left in range(GROUPS)] if len(entities) >= GROUPS else []
+        group = dealt(self.clusters, GROUPS, self.seed)
+        self.kept = [group != left for left in range(GROUPS)] if len(set(self.clusters)) >= GROUPS else []
 
     def states(self, role: str) -> NDArray[np.float32]:
         """States [rows, sites, width] of a model on all sets."""
@@ -311,7 +289,7 @@ def _site(name: str, target: Floats, nulls: Sequence[Floats], view: _View) -> _S
         return np.array([shift(*lines), *(shift(*lines[:, kept]) for kept in view.kept)])
 
     own, others = shifts(target), np.array([shifts(lines) for lines in nulls]).reshape(-1, 1 + len(view.kept))
-    half = float(student.ppf(0.975, GROUPS - 1)) * _error(own[1:])
+    half = float(student.ppf(0.975, GROUPS - 1)) * jackknife_error(own[1:])
     ratio, interval, p = math.nan, (-math.inf, math.inf), None
     moved = max(own[0], others[:, 0].max(initial=0.0)) >= MOVED
     if len(others) and moved and others.min() > STILL and np.isfinite([own[0], *others[:, 0]]).all():
@@ -320,18 +298,12 @@ def _site(name: str, target: Floats, nulls: Sequence[Floats], view: _View) -> _S
         p = predictive_p(float(mine[0]), theirs[:, 0].tolist())
         if len(theirs) > 1:  # over entities, and over fine-tunes, of which a few give the mean
             spread = float(theirs[:, 0].std(ddof=1)) / math.sqrt(len(theirs))
-            error = math.hypot(_error((mine - theirs.mean(0))[1:]), spread)
+            error = math.hypot(jackknife_error((mine - theirs.mean(0))[1:]), spread)
             reach = float(student.ppf(0.975, min(GROUPS, len(theirs)) - 1)) * error
             interval = (ratio - reach, ratio + reach)
     chance = exchange_p(target[0], target[1], view.clusters, seed=view.seed)
     around = (max(0.0, float(own[0]) - half), float(own[0]) + half)
     return _Site(name, float(own[0]), around, tuple(others[:, 0].tolist()), ratio, interval, p, chance)
-
-
-def _error(without: Floats) -> float:
-    """Jackknife standard error of a number from what it is without each group; infinite without groups."""
-    n = len(without)
-    return math.sqrt((n - 1) / n * float(((without - without.mean()) ** 2).sum())) if n else math.inf
 
 
 # --- what is shown ------------------------------------------------------------------------------------------
@@ -409,15 +381,8 @@ def _figure(view: _View, best: _Site, nulls: Sequence[str]) -> Figure:
         x_label="along the main line, in the original's standard deviations",
         y_label="share of prompts",
         series=[
-            Series(label="original", x=_listed(original), y=[], role="reference"),
-            Series(label="target", x=_listed(target), y=[], role="target"),
-            *(Series(label="a matched fine-tune", x=_listed(one), y=[], role="control") for one in other),
+            Series(label="original", x=thinned(original), y=[], role="reference"),
+            Series(label="target", x=thinned(target), y=[], role="target"),
+            *(Series(label="a matched fine-tune", x=thinned(one), y=[], role="control") for one in other),
         ],
     )
-
-
-def _listed(values: Floats) -> list[float]:
-    """At most 401 values with the same distribution, to four digits."""
-    if len(values) > 401:
-        values = np.quantile(values, np.linspace(0, 1, 401))
-    return [float(f"{value:.4g}") for value in values]

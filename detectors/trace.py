@@ -21,7 +21,7 @@ Traps:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ import numpy as np
 
 from audit.case import Case
 from audit.evidence import Evidence
+from audit.finetune import learning_rate
 from audit.instrument import Access, Attack, Stage
 from audit.plan import Request
 from audit.record import Finding, Question
@@ -58,8 +59,7 @@ class Budget:
 def budget_for(case: Case, target: Target) -> Budget:
     """By the case's budget; the learning rate falls with the cube root of size, as in relearning."""
     fine_tunes, steps = {"quick": (4, 20), "standard": (8, 30), "thorough": (24, 60)}[case.options.budget.value]
-    size = max(1, target.inventory.parameters)
-    return Budget(fine_tunes, steps, float(np.clip(5e-4 * (1e6 / size) ** (1 / 3), 3e-5, 5e-4)))
+    return Budget(fine_tunes, steps, learning_rate(target.inventory.parameters, 5e-4, 3e-5))
 
 
 class Trace(Attack):
@@ -90,32 +90,24 @@ class Trace(Attack):
         """One altered original a fine-tune."""
         if target.role != "original":
             return []
-        budget, radii = budget_for(case, target), _radii(case)
-        if not any(radii.values()):
-            return []
-        matched = ",".join(f"{site}:{length:.6g}" for site, length in radii.items())
-        sets = ",".join(case.sets[name].digest for name in ("retain", *_OTHERS) if name in case.sets)
-        return [
-            Stage(f"null@{k}", f"{budget}/{k}/{case.options.seed}/{target.template}/{matched}/{sets}")
-            for k in range(1, budget.fine_tunes + 1)
-        ]
+        return _stages(case, target, _radii(case))
 
     def run(self, case: Case, target: Target, tick: Any) -> Iterator[Stage]:
         """Fine-tune, and start from the original again."""
         from audit.matched import fine_tune_matched
 
         budget, radii, data = budget_for(case, target), _radii(case), _data(case, target)
-        for k, stage in enumerate(self.stages(case, target)):
+        for k, stage in enumerate(_stages(case, target, radii)):
             target.release()
-            seed = case.options.seed * 1000 + k
-            for step in fine_tune_matched(
+            fine_tune = fine_tune_matched(
                 target.model,
                 data[k % len(data)],
                 radii,
                 steps=budget.steps,
                 learning_rate=budget.learning_rate,
-                seed=seed,
-            ):
+                seed=case.options.seed * 1000 + k,
+            )
+            for step in fine_tune:
                 tick(k * budget.steps + step, budget.fine_tunes * budget.steps)
             yield stage
 
@@ -129,6 +121,19 @@ class Trace(Attack):
         return trace_findings(
             self, case, evidence, "fingerprint in distributions and inner states together", rows, self.features
         )
+
+
+def _stages(case: Case, target: Target, radii: Mapping[int, float]) -> list[Stage]:
+    """None where nothing was changed."""
+    if not any(radii.values()):
+        return []
+    budget = budget_for(case, target)
+    matched = ",".join(f"{site}:{length:.6g}" for site, length in radii.items())
+    sets = ",".join(case.sets[name].digest for name in ("retain", *_OTHERS) if name in case.sets)
+    return [
+        Stage(f"null@{k}", f"{budget}/{k}/{case.options.seed}/{target.template}/{matched}/{sets}")
+        for k in range(1, budget.fine_tunes + 1)
+    ]
 
 
 def _radii(case: Case) -> dict[int, float]:

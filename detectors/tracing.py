@@ -20,6 +20,7 @@ from audit.evidence import Evidence
 from audit.instrument import Instrument
 from audit.loaders import Example
 from audit.record import Control, Figure, Finding, Series, Side, Table
+from audit.statistics import dealt, jackknife_error
 from audit.tokens import Tokens
 from detectors.fingerprint import SETS, Classifier, Features, read_table
 from detectors.fingerprint import Table as Known
@@ -37,9 +38,6 @@ _MARGIN = 0.5
 
 Use = Mapping[str, NDArray[np.bool_]]
 """Which rows to use of every set."""
-
-FeaturesOf = Callable[[str, Use], Features]
-"""From a role, and which rows to use, to its features."""
 
 
 def is_edit_of_original(role: str) -> bool:
@@ -59,11 +57,7 @@ def asked_sets(case: Case) -> list[str]:
 
 def beginnings(case: Case, target: Target, name: str) -> tuple[Tokens, ...]:
     """Prompts with the first tokens of their answers, which is where an answer is decided."""
-    made = []
-    for row in rows_of(case, name):
-        tokens = target.encode(row.prompt, row.answer)
-        made.append(Tokens(tokens.ids[: tokens.start + POSITIONS], tokens.start))
-    return tuple(made)
+    return tuple(target.encode(row.prompt, row.answer).begun(POSITIONS) for row in rows_of(case, name))
 
 
 def predictive_p(value: float, draws: Sequence[float]) -> float | None:
@@ -92,6 +86,9 @@ def trace_findings(
     `features` computes the fingerprint of a role from a part of `rows`, the examples of every set that is asked about.
     """
     known = read_table()
+    every = {name: np.ones(len(examples), dtype=bool) for name, examples in rows.items()}
+    roles = ["target", *(role for role in evidence.roles if role.startswith(NULL))]
+    whole = {role: features(case, evidence, role, every) for role in roles}
     kinds = [("irrelevant", "forget-irrelevant prompts", {k: v for k, v in rows.items() if k != "forget"})]
     if "forget" in rows:
         kinds.append(("all", "forget-relevant and irrelevant prompts", dict(rows)))
@@ -99,38 +96,46 @@ def trace_findings(
         _finding(
             instrument,
             case,
-            evidence,
             name=name,
             words=f"{words}, {split}",
             split=split,
             known=known,
             rows=used,
-            features_of=lambda role, use: features(case, evidence, role, use),
+            # A number is of one set, or of two: without the forget set those that name it are not there.
+            found={
+                role: {k: v for k, v in of.items() if "forget" in used or "forget" not in k}
+                for role, of in whole.items()
+            },
+            features_of=lambda use: features(case, evidence, "target", use),
         )
         for name, split, used in kinds
     ]
 
 
+def _without_forget(features: Features) -> Features:
+    """What the features would be without the forget set: each is of one set or of two, and names them."""
+    return {name: value for name, value in features.items() if "forget" not in name}
+
+
 def _finding(
     instrument: Instrument,
     case: Case,
-    evidence: Evidence,
     *,
     name: str,
     words: str,
     split: str,
     known: Known,
     rows: Mapping[str, tuple[Example, ...]],
-    features_of: FeaturesOf,
+    found: Mapping[str, Features],
+    features_of: Callable[[Use], Features],
 ) -> Finding:
-    """The finding on one fingerprint."""
+    """The finding on one fingerprint, from those `found` by role; `features_of` gives the target's of fewer rows."""
     clusters = {name: np.array(case.clusters(examples)) for name, examples in rows.items()}
-    every = {s: np.ones(len(c), dtype=bool) for s, c in clusters.items()}
-    features = features_of("target", every)
+    features = found["target"]
     classifier = Classifier.fitted(known, list(features))
     score = classifier.score(features)
     lo, hi = _jackknife(score, classifier, features_of, clusters, case.options.seed)
-    nulls = [classifier.score(features_of(role, every)) for role in evidence.roles if role.startswith(NULL)]
+    nulls = [classifier.score(of) for role, of in found.items() if role != "target"]
     ordinary, unlearned = classifier.held_out[~known.unlearned], classifier.held_out[known.unlearned]
     middle = float(np.mean(nulls)) if nulls else float(np.median(ordinary))
     needed = classifier.highest_ordinary
@@ -180,7 +185,6 @@ def _finding(
         threshold=max(needed - middle, _MARGIN),
         decides=(False, False),
         sides=(Side.UNLEARNED, Side.NEITHER),
-        noise=0.0,
         controls=[matched, power, alarms],
         reference=SOURCE,
         figure=Figure(
@@ -202,7 +206,11 @@ def _finding(
 
 
 def _jackknife(
-    score: float, classifier: Classifier, features_of: FeaturesOf, clusters: Mapping[str, NDArray[np.str_]], seed: int
+    score: float,
+    classifier: Classifier,
+    features_of: Callable[[Use], Features],
+    clusters: Mapping[str, NDArray[np.str_]],
+    seed: int,
 ) -> tuple[float, float]:
     """95 % interval of the log-odds over entities: up to `GROUPS` groups of them are left out in turn."""
     from scipy.stats import t as student
@@ -211,15 +219,9 @@ def _jackknife(
     groups = min(GROUPS, *(len(np.unique(who)) for who in clusters.values()))
     if groups < 2:
         return math.nan, math.nan
-    group = {}
-    for name, who in clusters.items():
-        entities, place = np.unique(who, return_inverse=True)
-        group[name] = (rng.permutation(len(entities)) % groups)[place]
-    without = [
-        classifier.score(features_of("target", {name: g != left for name, g in group.items()}))
-        for left in range(groups)
-    ]
-    error = math.sqrt((groups - 1) / groups * float(((np.array(without) - np.mean(without)) ** 2).sum()))
+    group = {name: dealt(who, groups, rng) for name, who in clusters.items()}
+    without = [classifier.score(features_of({name: g != left for name, g in group.items()})) for left in range(groups)]
+    error = jackknife_error(without)
     half = float(student.ppf(0.975, groups - 1)) * error
     return score - half, score + half
 

@@ -45,7 +45,8 @@ from audit.instrument import Access, Instrument
 from audit.plan import Weights as WeightsRequest
 from audit.record import Control, Figure, Finding, MaybeNumber, Question, Series, Side, Table
 from audit.statistics import Estimate, FloatArray, resampled
-from audit.weights import TensorRow, effective_rank, int4_codes, int4_codes_kept, stable_rank
+from audit.weights import AFTER_BLOCKS, TensorRow, effective_rank, int4_codes, int4_codes_kept, stable_rank
+from detectors.tracing import NULL, is_edit_of_original
 
 if TYPE_CHECKING:
     from audit.target import Target
@@ -56,7 +57,6 @@ __all__ = [
 ]  # fmt: skip
 
 _NAME = "weights/original"
-_NULL = "+null@"
 _MOST_ROWS = 400
 _RANKS = "Rudelson & Vershynin 2007; Roy & Vetterli 2007"
 
@@ -168,8 +168,7 @@ def _sites(rows: Sequence[TensorRow]) -> dict[float, list[TensorRow]]:
     found: dict[float, list[TensorRow]] = {}
     for row in rows:
         if row.compared:
-            site = -1 if row.embedding else last + 1 if row.block is None else row.block
-            found.setdefault(float(site), []).append(row)
+            found.setdefault(float(last + 1 if row.site == AFTER_BLOCKS else row.site), []).append(row)
     return dict(sorted(found.items()))
 
 
@@ -221,15 +220,14 @@ class Weights(Instrument):
 
     def requests(self, case: Case, target: Target) -> list[WeightsRequest]:  # noqa: ARG002
         """The target's weights, and those of the fine-tunes matched to it, against the original's."""
-        asked = target.role == "target" or _NULL in target.role
-        return [WeightsRequest(_NAME, against="original")] if asked else []
+        return [WeightsRequest(_NAME, against="original")] if is_edit_of_original(target.role) else []
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
         """The four numbers, and, where fine-tunes matched to the change were compared too, their ranks among them."""
         rows = evidence.weights("target", _NAME)
         if not any(row.compared for row in rows):
             raise BadInput("target and original have no tensor in common, by name and shape, that could be compared")
-        matched = [role for role in evidence.roles if _NULL in role and evidence.has(role, _NAME)]
+        matched = [role for role in evidence.roles if role.startswith(NULL) and evidence.has(role, _NAME)]
         nulls = [summary(evidence.weights(role, _NAME)) for role in matched]
         found = []
         for headline in _HEADLINES:

@@ -51,14 +51,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
-from audit.controls import FEWEST_CLUSTERS, bag_of_words_auc
+from audit.controls import FEWEST_CLUSTERS, bag_of_words_control
 from audit.evidence import Evidence
 from audit.instrument import Access, Attack, Stage
 from audit.loaders import Example
 from audit.plan import Request
 from audit.quantities import hidden
 from audit.record import Control, Finding, Question, Side, Table
-from audit.statistics import auc, cluster_index, two_sample
+from audit.statistics import auc, cluster_index, halves, two_sample
 from audit.tokens import Tokens
 from probes.lens import read_layers
 
@@ -241,12 +241,6 @@ def relabelled_p(
     return max((extreme + 1) / (_RELABELLINGS + 1), floor), floor
 
 
-def halves(clusters: ArrayLike, seed: int) -> Bools:
-    """Which rows belong to one half of the entities, drawn by seed: [rows]."""
-    entities = np.unique(clusters)
-    return np.isin(clusters, np.random.default_rng(seed).permutation(entities)[: len(entities) // 2])
-
-
 def randomize(model: Any, seed: int) -> None:
     """Give a Hugging Face model the weights it would have before training, in place; seeded."""
     import torch
@@ -336,7 +330,8 @@ class CrossSequence(Attack):
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
         """The gap over random weights, with what other attackers find; and the transfer from retain to forget."""
         probes = _Probes(case, evidence)
-        words = _words(case, probes)
+        texts = {name: [f"{row.prompt} {row.answer}" for row in probes.rows[name]] for name in ("forget", "holdout")}
+        words = bag_of_words_control(texts, probes.clusters, seed=case.options.seed)
         contrast = partial(
             against_never_taught, self, case, evidence,
             columns=("after block", [float(layer) for layer in probes.layers]), rows=probes.rows, extra=[words],
@@ -491,19 +486,3 @@ def _rows(case: Case, name: str) -> tuple[Example, ...]:
 def _largest(placements: dict[str, Floats]) -> int:
     """The layer where forget rows exceed holdout rows most."""
     return int((placements["forget"].mean(axis=0) - placements["holdout"].mean(axis=0)).argmax())
-
-
-def _words(case: Case, probes: _Probes) -> Control:
-    texts = {name: [f"{row.prompt} {row.answer}" for row in probes.rows[name]] for name in ("forget", "holdout")}
-    found = bag_of_words_auc(
-        texts["forget"], texts["holdout"], probes.clusters["forget"], probes.clusters["holdout"], seed=case.options.seed
-    )
-    return Control(
-        name="bag of words",
-        description="do the words alone, without any model, tell forget from holdout? (AUC, must stay near 0.5)",
-        estimate=found.value,
-        ci95=(found.lo, found.hi),
-        n=found.n,
-        passed=not (found.lo > 0.5 and found.value > 0.6),
-        gates="evidence",
-    )

@@ -55,7 +55,6 @@ from audit.plan import Request
 from audit.quantities import TOKEN, hidden
 from audit.record import Control, Figure, Finding, MaybeNumber, Question, Series, Side, Table
 from audit.statistics import FloatArray, cluster_index, mean_estimate, resampled, two_sample
-from audit.tokens import Tokens
 from probes.lens import read_layers
 from probes.similarity import (
     MUTUAL,
@@ -117,7 +116,9 @@ class Geometry(Instrument):
         layers = read_layers(target.layers)
         states = hidden(*(f"blocks.{i}.hook_resid_post" for i in layers))
         wanted = (states, TOKEN) if "retrained" in case.models else (states,)
-        texts = {name: tuple(_deciding(target, row) for row in _rows(case, name)) for name in _sets(case)}
+        texts = {
+            name: tuple(target.decision(row.prompt, row.answer) for row in _rows(case, name)) for name in _sets(case)
+        }
         return [Request(f"geometry/{name}", texts[name], wanted, {"layers": layers}) for name in texts]
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
@@ -188,13 +189,6 @@ def _sets(case: Case) -> list[str]:
 def _rows(case: Case, name: str) -> tuple[Example, ...]:
     """Fewer than are scored: states are kept whole, and Gram matrices grow with the square."""
     return case.rows(name, {"quick": None, "standard": 240, "thorough": 500}[case.options.budget.value])
-
-
-def _deciding(target: Target, row: Example) -> Tokens:
-    """The sequence up to the answer's first token; of a passage without a prompt, up to its last."""
-    tokens = target.encode(row.prompt, row.answer)
-    last = tokens.start if row.prompt else len(tokens.ids) - 1
-    return Tokens(tokens.ids[: last + 1], last)
 
 
 def _answers(case: Case, name: str) -> NDArray[np.str_]:

@@ -62,7 +62,8 @@ SUBLAYERS = Statistic(
     "a sublayer writes the right answer more often", (0.0, 1.0), 0.1, _SOURCE, (False, False),
 )  # fmt: skip
 
-_READ_TOKENS = 8
+READ_TOKENS = 8
+"""Of an answer that does not fork so many are read: each costs an unembedding a layer, and facts come early."""
 
 
 def read_off(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -166,7 +167,7 @@ class Lens(Instrument):
                     forks = [fork(target, row) or target.encode(row.prompt, row.answer) for row in rows]
                     wanted: tuple[Quantity, ...] = (readout, sublayer_readout(layers))
                 else:
-                    forks = [_beginning(target.encode(row.prompt, row.answer)) for row in rows]
+                    forks = [target.encode(row.prompt, row.answer).begun(READ_TOKENS) for row in rows]
                     wanted = (readout,)
                 made.append(Request(f"lens/{name}", tuple(forks), wanted, {"layers": layers}))
         return made
@@ -211,11 +212,6 @@ def _rows(case: Case, name: str) -> tuple[Example, ...]:
     """All rows where one position each is read; fewer where every token of the answer is, at every layer."""
     limit = {"quick": 40, "standard": 120, "thorough": None}[case.options.budget.value]
     return case.rows(name, None if _has_options(case) else limit)
-
-
-def _beginning(tokens: Tokens) -> Tokens:
-    """The answer's first tokens: reading one costs an unembedding a layer, and facts come early."""
-    return Tokens(tokens.ids[: tokens.start + _READ_TOKENS], tokens.start)
 
 
 def _has_options(case: Case) -> bool:

@@ -40,7 +40,7 @@ from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.errors import BadInput
 from audit.evidence import Evidence
-from audit.finetune import descend, endless, padded
+from audit.finetune import descend, endless, learning_rate, padded
 from audit.instrument import Access, Attack, Stage
 from audit.loaders import Example
 from audit.plan import AnyRequest, Patched, Request
@@ -48,7 +48,7 @@ from audit.quantities import hidden
 from audit.record import Control, Figure, Finding, Question, Series, Side, Table
 from audit.statistics import mean_estimate, one_sample, two_sample
 from audit.tokens import Tokens
-from probes.lens import fork, read_layers
+from probes.lens import READ_TOKENS, fork, read_layers
 
 if TYPE_CHECKING:
     from audit.target import Target
@@ -59,7 +59,6 @@ _TAUGHT = "patching-taught"
 _READER = f"original+{_TAUGHT}"
 _SOURCES = ("target", "retrained")
 _MOST_ROWS = 400  # a set: the states of a row are tokens x layers x width numbers
-_READ_TOKENS = 8
 _TESTED_EVERY = 10  # steps
 _KNOWN = 0.5  # the probability of the right answer from which on the reader knows a row
 
@@ -143,8 +142,7 @@ class Patching(Attack):
         """Every row to its fork, or to its answer's eighth token where right and wrong answers do not fork."""
 
         def read(row: Example) -> Tokens:
-            whole = target.encode(row.prompt, row.answer)
-            return fork(target, row) or Tokens(whole.ids[: whole.start + _READ_TOKENS], whole.start)
+            return fork(target, row) or target.encode(row.prompt, row.answer).begun(READ_TOKENS)
 
         return tuple(read(row) for row in _rows(case, name))
 
@@ -221,8 +219,8 @@ def _rows(case: Case, name: str) -> tuple[Example, ...]:
 
 def _recipe(case: Case, target: Target) -> tuple[int, int, float]:
     """Most steps, rows of each set a step, and learning rate: as in relearning, but three times as high."""
-    size = max(1, target.inventory.parameters)
-    rate = float(np.clip(1e-3 * (1e6 / size) ** (1 / 3), 2e-5, 1e-3))
+    size = target.inventory.parameters
+    rate = learning_rate(size, 1e-3, 2e-5)
     return {"quick": 100, "standard": 200, "thorough": 400}[case.options.budget.value], 20 if size < 2e7 else 6, rate
 
 

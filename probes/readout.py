@@ -61,8 +61,7 @@ def decisions(case: Case, target: Target, name: str) -> tuple[Tokens, ...]:
     """Every row of a set up to its fork; up to its answer's first token, without rivals, where it has none."""
 
     def decision(row: Example) -> Tokens:
-        whole = target.encode(row.prompt, row.answer)
-        return fork(target, row) or Tokens(whole.ids[: whole.start + 1], whole.start)
+        return fork(target, row) or target.encode(row.prompt, row.answer).begun(1)
 
     return tuple(decision(row) for row in rows_read(case, name))
 

@@ -188,7 +188,8 @@ class SaeRestoration(Attack):
 
         [stage] = self.stages(case, target)
         recipe, seed = recipe_for(case, target), case.options.seed
-        forks = {name: _forks(case, target, name)[0] for name in _COMPARED}
+        found = {name: _forks(case, target, name) for name in _COMPARED}
+        forks = {name: texts for name, (texts, _) in found.items()}
         original = _original_states(case, target, forks, recipe.site)
         engine, device = Engine(target), target.device
         taught, held = ([_inner(text) for _, text in texts] for texts in _texts(case, target))
@@ -215,7 +216,7 @@ class SaeRestoration(Attack):
             states = {name: torch.cat(read_states(engine, recipe.site, forks[name])).to(device) for name in _COMPARED}
             for name in _COMPARED:
                 compared = "holdout" if name == "retain" else "retain"
-                who = case.clusters(_rows(case, name, _forks(case, target, name)[1]))
+                who = case.clusters(_rows(case, name, found[name][1]))
                 theirs = original[name].to(device) if name in original else None
                 put_in = put_in_by_kind(sae, states, name, compared, who, seed=seed, original=theirs)
                 rows += steer(engine, recipe.site, forks[name], put_in)

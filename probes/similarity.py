@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from audit.statistics import FloatArray
+from audit.statistics import FloatArray, principal_axes
 
 MUTUAL = 10
 """Neighbours in mutual k-NN, as in Huh et al. 2024."""
@@ -86,7 +86,7 @@ def pca_shift(reference: ArrayLike, moved: ArrayLike) -> PcaShift:
     a, b = _states(reference, "reference", 3), _states(moved, "moved", 3)
     if a.shape[1] != b.shape[1] or a.shape[1] < 2:
         raise ValueError(f"reference has width {a.shape[1]}, moved {b.shape[1]}: must be equal, and at least 2")
-    (axes, deviations), (other, _) = _principal(a), _principal(b)
+    (axes, deviations), (other, _) = principal_axes(a, 2), principal_axes(b, 2)
     with np.errstate(invalid="ignore", divide="ignore"):
         shift = (b.mean(axis=0) - a.mean(axis=0)) @ axes.T / deviations
     return PcaShift(np.asarray(shift), float(min(1.0, abs(axes[0] @ other[0]))))
@@ -199,15 +199,3 @@ def _nearest(test: FloatArray, train: FloatArray, k: int, excluded: NDArray[np.b
     if k < 1 or (similarity > -np.inf).sum(axis=1).min() < k:
         raise ValueError(f"k = {k}: must be at least 1, and every row needs as many others to look at")
     return np.argsort(-similarity, axis=1, kind="stable")[:, :k]
-
-
-def _principal(x: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """First two principal axes [2, d], largest loading positive, and the standard deviations along them [2]."""
-    centred = x - x.mean(axis=0)
-    values, vectors = np.linalg.eigh(centred @ centred.T)  # rows are fewer than a large model's dimensions
-    values = np.maximum(values[:-3:-1], 0)
-    axes = vectors[:, :-3:-1].T @ centred
-    norms = np.linalg.norm(axes, axis=1, keepdims=True)
-    axes /= np.where(norms > 0, norms, 1)
-    largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, None], axis=1)
-    return axes * np.where(largest < 0, -1, 1), np.sqrt(values / (len(x) - 1))
