@@ -321,6 +321,8 @@ def test_rows_are_kept_and_a_plug_in_gets_its_line(small, tmp_path, request, mon
     root = tmp_path / "bench"
     recipes = [Recipe("llama", "original", 0), Recipe("llama", "int8", 0)]
     seen: list[str] = []
+    [alone] = run(recipes[:1], root, budget="quick", workers=1, only=["knowledge"])
+    assert alone.instruments == ["knowledge"] == sorted({f.instrument for f in alone.findings})
     first = run(recipes, root, budget="quick", workers=1, told=lambda name, done, total: seen.append(name))
     assert seen == [r.name for r in recipes]
     assert [r.label for r in first] == ["not-unlearned", "not-unlearned"] and first[1].control

@@ -105,6 +105,7 @@ def bench(
     world: Annotated[str, typer.Option(help="people, or a data set with entities and wrong answers")] = "people",
     budget: Annotated[str, typer.Option(help="of each scan: quick, standard or thorough")] = "standard",
     workers: Annotated[int, typer.Option(min=1, help="processes, of one thread each")] = 2,
+    only: Annotated[str | None, typer.Option(help="comma-separated instruments; all if not given")] = None,
     rows: Annotated[Path | None, typer.Option(help="tables of kept rows; builds and scans nothing")] = None,
     keep: Annotated[Path | None, typer.Option(help="write all rows to this file (.jsonl.gz)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="the tables as data")] = False,
@@ -125,7 +126,7 @@ def bench(
             _check_histories(chosen)
             wanted = [recipe for recipe in wanted if recipe.history in chosen]
         with bars() as progress, progress.step(f"bench of {len(wanted)} organisms", len(wanted)) as tick:
-            found = run(wanted, root, budget=budget, workers=workers, told=_told(tick))
+            found = run(wanted, root, budget=budget, workers=workers, only=_instruments(only), told=_told(tick))
     if keep is not None:
         write_rows(found, keep)
     # Thresholds can be fitted on others only where there are others.
@@ -133,6 +134,12 @@ def bench(
     made = tables(found, held_out(found)) if several else tables(found)
     judged_by = "thresholds fitted on other organisms" if several else "nominal thresholds"
     sys.stdout.write(made.model_dump_json(indent=2) + "\n" if as_json else markdown(made, judged_by))
+
+
+def _instruments(text: str | None) -> list[str]:
+    from audit.instrument import load
+
+    return [load(name).name for name in text.split(",")] if text else []
 
 
 def calibrate(

@@ -75,6 +75,12 @@ class Work:
 
     recipe: Recipe
     budget: str
+    only: tuple[str, ...] = ()
+
+    @property
+    def instruments(self) -> Sequence[str]:
+        """The names of those that its row should hold."""
+        return self.only or names()
 
     @property
     def key(self) -> str:
@@ -83,8 +89,18 @@ class Work:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def run(recipes: Sequence[Recipe], root: Path, *, budget: str, workers: int = 2, told: Told | None = None) -> list[Row]:
+def run(
+    recipes: Sequence[Recipe],
+    root: Path,
+    *,
+    budget: str,
+    workers: int = 2,
+    only: Sequence[str] = (),
+    told: Told | None = None,
+) -> list[Row]:
     """Rows of these organisms in their order; those that exist are read, the others built and scanned.
+
+    Every registered instrument runs, or `only` these.
 
     Works in processes of one thread each: small models gain nothing from more, and one thread's sums are the same
     everywhere. One worker is this process itself.
@@ -94,7 +110,7 @@ def run(recipes: Sequence[Recipe], root: Path, *, budget: str, workers: int = 2,
     waves = in_turn(recipes)
     total, done = sum(len(wave) for wave in waves), 0
     for wave in waves:
-        tasks = [(Work(recipe, budget), root, recipe in wanted) for recipe in wave]
+        tasks = [(Work(recipe, budget, tuple(only)), root, recipe in wanted) for recipe in wave]
         for recipe, row in _done(tasks, workers):
             done += 1
             if row is not None:
@@ -147,7 +163,7 @@ def _row(work: Work, root: Path, wanted: bool) -> Row | None:
     torch.set_num_threads(1)
     path = root / "rows" / f"{work.recipe.name}.json"
     known = _known(path, work.key) if wanted else None
-    missing = [name for name in names() if known is None or name not in known.instruments]
+    missing = [name for name in work.instruments if known is None or name not in known.instruments]
     if known is not None and (known.broken or not missing):
         return known
     folder = build(work.recipe, root / "organisms")
