@@ -150,6 +150,11 @@ class Case:
             kept.add(str(min(entities, key=sizes.__getitem__)))
         return tuple(e for e, c in zip(examples, clusters, strict=True) if c in kept)
 
+    @property
+    def modality(self) -> str:
+        """`image` if the sets hold images, else `text`."""
+        return "image" if any(row.picture for examples in self.sets.values() for row in examples) else "text"
+
     @staticmethod
     def clusters(rows: tuple[Example, ...]) -> list[str]:
         """Per row, the unit of independence: its entity, or itself."""
@@ -174,6 +179,11 @@ class Case:
         if unknown:
             raise BadInput(f"unknown set {unknown[0]!r} (known: {', '.join(SETS)})")
         sets = {name: load_set(name, specs[name]) for name in SETS if name in specs}
+        images = [name for name, rows in sets.items() if any(row.picture for row in rows)]
+        if images and (texts := [name for name in sets if name not in images]):
+            raise BadInput(
+                f"set {images[0]!r} holds images, set {texts[0]!r} does not: an audit is of one kind of model"
+            )
         ordered = {role: models[role] for role in ROLES if role in models}
         return cls(name or models["target"].name, ordered, dict(specs), sets, options, notes=tuple(overlaps(sets)))
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from audit.case import Case
     from audit.evidence import Arrays, Evidence
     from audit.plan import AnyRequest
-    from audit.target import Target
     from audit.tokens import Tokens
 
 GROUP = "palimpsest.instruments"
@@ -49,6 +48,8 @@ class Instrument(ABC):
         sets: example sets it cannot do without.
         roles: models it cannot do without, besides the target.
         watches: attacks whose altered models it wants to see as well: `requests` is called for these too.
+        modality: the models it reads: `text` (`audit.target.Target`), `image` (`audit.image_target.ImageTarget`),
+            or `any` (`audit.opened.OpenModel`).
         reference: the paper, and the section, it comes from.
     """
 
@@ -60,6 +61,7 @@ class Instrument(ABC):
     sets: ClassVar[tuple[str, ...]] = ("forget",)
     roles: ClassVar[tuple[str, ...]] = ()
     watches: ClassVar[tuple[str, ...]] = ()
+    modality: ClassVar[str] = "text"
     reference: ClassVar[str]
 
     def missing(self, case: Case) -> str | None:
@@ -83,7 +85,7 @@ class Instrument(ABC):
         }
 
     @abstractmethod
-    def requests(self, case: Case, target: Target) -> Iterable[AnyRequest]:
+    def requests(self, case: Case, target: Any) -> Iterable[AnyRequest]:
         """What must be captured of this model; called once a role (`target.role`), altered ones included."""
 
     @abstractmethod
@@ -122,16 +124,16 @@ class Attack(Instrument):
     from disk again, so an attack need not undo anything.
     """
 
-    def cost(self, case: Case, target: Target) -> str:  # noqa: ARG002
+    def cost(self, case: Case, target: Any) -> str:  # noqa: ARG002
         """What it is about to do, in a few words after its name, for the progress bar."""
         return ""
 
     @abstractmethod
-    def stages(self, case: Case, target: Target) -> Sequence[Stage]:
+    def stages(self, case: Case, target: Any) -> Sequence[Stage]:
         """The altered models that `run` visits, in order; cheap. Empty if this role is not attacked."""
 
     @abstractmethod
-    def run(self, case: Case, target: Target, tick: Any) -> Iterator[Stage]:
+    def run(self, case: Case, target: Any, tick: Any) -> Iterator[Stage]:
         """Alter the model step by step; `tick(done, total)` shows progress."""
 
 

@@ -114,15 +114,17 @@ class Inventory:
         )
 
 
-def take_inventory(
-    folder: Path, progress: Callable[[int, int], None] | None = None, *, needs_tokenizer: bool = True
-) -> Inventory:
+def sees_images(architecture: str) -> bool:
+    """Is a model of this architecture an image classifier, which needs no tokenizer?"""
+    return architecture.endswith("ForImageClassification")
+
+
+def take_inventory(folder: Path, progress: Callable[[int, int], None] | None = None) -> Inventory:
     """List, check and hash a model folder, or a single `.gguf` file.
 
     Args:
         folder: the folder, or a `.gguf` file, taken as a folder that holds nothing else.
         progress: called with (bytes hashed, bytes in all) after each chunk.
-        needs_tokenizer: False for models that read no text, such as image classifiers.
 
     Raises:
         BadInput: no such folder.
@@ -137,14 +139,12 @@ def take_inventory(
         if not is_file and not folder.is_dir():
             raise BadInput(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
         root = (folder.parent if is_file else folder).resolve()
-        return _take(root, [folder.name] if is_file else None, progress, needs_tokenizer)
+        return _take(root, [folder.name] if is_file else None, progress)
     except OSError as error:
         raise Refused(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
 
 
-def _take(
-    root: Path, names: list[str] | None, progress: Callable[[int, int], None] | None, needs_tokenizer: bool
-) -> Inventory:
+def _take(root: Path, names: list[str] | None, progress: Callable[[int, int], None] | None) -> Inventory:
     """The steps of an inventory: refuse by kind, name and first bytes before any content is interpreted."""
     sizes = _list_files(root, names)
     for name in sizes:
@@ -169,7 +169,7 @@ def _take(
     _check_index(root, parsed, weights, tensors)
     if not tensors:
         raise Refused(f"{root / weights[0]}: holds no tensors")
-    if needs_tokenizer and not has_tokenizer:
+    if not has_tokenizer and not sees_images(architecture):
         what = "no tokenizer.ggml.tokens in its header" if kind == "gguf" else "no tokenizer, such as tokenizer.json"
         raise Refused(f"{root / weights[0] if kind == 'gguf' else root}: {what}")
 

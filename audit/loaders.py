@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from audit.errors import BadInput
+from audit.pictures import Picture, holds_pictures, read_pictures
 from audit.presets import AUTO, FIELDS, PRESET_NAMES, CellError, Preset, Row, fit, listed
 
 UNANSWERED = "suspects"
@@ -45,6 +46,8 @@ class Example:
     wrong: tuple[str, ...] = ()  # wrong answers: perturbed ones, distractors
     entity: str = ""  # unit of independence (author, person, document); "" makes the row its own
     source: str = ""  # "file:line", or "file: row N" where the format has no lines
+    group: str = ""  # a property that may stand in for the answer, such as the background of an image
+    picture: Picture | None = None  # what is shown instead of a prompt; the answer is its class
 
 
 @dataclass(frozen=True)
@@ -157,13 +160,19 @@ def load_set(name: str, spec: SetSpec) -> ExampleSet:
 
 def digest(examples: Iterable[Example]) -> str:
     """SHA-256 over what the examples say, in order; neither their ids nor where they were read count."""
-    content = [[e.prompt, e.answer, e.paraphrases, e.wrong, e.entity] for e in examples]
+    content = [
+        [e.prompt, e.answer, e.paraphrases, e.wrong, e.entity, *filter(None, (e.group, e.picture and e.picture.digest))]
+        for e in examples
+    ]
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
 def overlaps(sets: Mapping[str, ExampleSet]) -> list[str]:
     """A note for each pair of sets that share rows; case, spacing and Unicode form make no difference."""
-    keys = {name: [(_normal(e.prompt), _normal(e.answer)) for e in each] for name, each in sets.items()}
+    keys = {
+        name: [(_normal(e.prompt), _normal(e.answer), e.picture and e.picture.digest) for e in each]
+        for name, each in sets.items()
+    }
     notes = []
     for first, second in combinations(keys, 2):
         known = set(keys[second])
@@ -226,6 +235,7 @@ def _example(id_: str, placed: _Placed, preset: Preset, fields: Mapping[str, str
             raise CellError(fields["prompt"], "is empty")
         nothing = (None, "")
         entity, column = cells.get("entity", nothing)
+        group, grouped_by = cells.get("group", nothing)
         return Example(
             id=id_,
             prompt=_string(*cells["prompt"]) if "prompt" in cells else "",
@@ -234,6 +244,8 @@ def _example(id_: str, placed: _Placed, preset: Preset, fields: Mapping[str, str
             wrong=_strings(*cells.get("wrong", nothing), preset.separator),
             entity="" if _absent(entity) else _string(entity, column),
             source=placed.place,
+            group="" if _absent(group) else _string(group, grouped_by),
+            picture=shown if isinstance(shown := row.get("image"), Picture) else None,
         )
     except CellError as error:
         raise BadInput(f"{placed.place}: {error}") from None
@@ -285,7 +297,11 @@ def _strings(value: Any, column: str, separator: str) -> tuple[str, ...]:
 
 def _read(spec: SetSpec) -> list[_Placed]:
     path = spec.path
-    reader = _saved_dataset if path.is_dir() else _READERS.get(path.suffix.lower())
+    reader: Callable[[SetSpec], Iterable[_Placed]] | None
+    if holds_pictures(path):
+        reader = _pictures
+    else:
+        reader = _saved_dataset if path.is_dir() else _READERS.get(path.suffix.lower())
     if reader is None:
         raise BadInput(f"{path}: no reader for {path.suffix!r}; known: {', '.join(_READERS)}, a saved dataset")
     try:
@@ -376,6 +392,10 @@ def _parquet(spec: SetSpec) -> Iterator[_Placed]:
         raise BadInput(f"{spec.path}: not Parquet: {' '.join(str(error).split())}") from None
     for number, row in enumerate(rows, start=1):
         yield _Placed(f"{spec.path}: row {number}", row)
+
+
+def _pictures(spec: SetSpec) -> Iterator[_Placed]:
+    yield from (_Placed(*placed) for placed in read_pictures(spec.path))
 
 
 def _saved_dataset(spec: SetSpec) -> Iterator[_Placed]:

@@ -44,10 +44,13 @@ class Generate:
 
 @dataclass(frozen=True)
 class Weights:
-    """Ask how the weight files differ from those of the role `against`, tensor by tensor: see `audit.weights`."""
+    """Ask how the weight files differ from those of the role `against`, tensor by tensor: see `audit.weights`.
+
+    None: from nothing, which describes the weights themselves.
+    """
 
     name: str
-    against: str = "original"
+    against: str | None = "original"
 
 
 @dataclass(frozen=True)

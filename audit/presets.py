@@ -18,7 +18,7 @@ from audit.errors import BadInput
 
 Row = Mapping[str, Any]
 
-FIELDS = ("prompt", "answer", "paraphrases", "wrong", "entity")
+FIELDS = ("prompt", "answer", "paraphrases", "wrong", "entity", "group")
 AUTO = "auto"
 
 # TOFU publishes each question once, marked with the smallest forget split it belongs to.
@@ -55,6 +55,7 @@ class Preset:
     separator: str = ""  # of the lists that the benchmark keeps in one string
     reshape: Callable[[Row], Row] = _as_published
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    pictures: bool = False  # of images, which lie in the column `image`
 
     def requires(self, name: str) -> bool:
         """Whether every row must hold this field; what a caller adds to the preset may have gaps."""
@@ -62,6 +63,8 @@ class Preset:
 
     def fields(self, columns: Collection[str], explicit: Mapping[str, str]) -> dict[str, str] | None:
         """Field -> column for a file with these columns, or None where a required column is absent."""
+        if self.pictures and "image" not in columns:
+            return None
         chosen = {**self.columns, **explicit}
         needed = (column for name, column in chosen.items() if self.requires(name))
         return chosen if all(column in columns for column in needed) else None
@@ -120,7 +123,7 @@ def listed(value: Any) -> Any:
 
 
 _QA = {"prompt": "question", "answer": "answer"}
-_ALTERNATIVES = frozenset({"paraphrases", "wrong", "entity"})
+_ALTERNATIVES = frozenset({"paraphrases", "wrong", "entity", "group"})
 
 # "auto" takes the first that fits, so the more demanding layouts come first. A benchmark with two layouts
 # has two rows under one name.
@@ -151,6 +154,7 @@ PRESETS: tuple[Preset, ...] = (
     # The project's own names, for sets that are no published benchmark.
     Preset("plain", {name: name for name in FIELDS}, optional=_ALTERNATIVES),
     Preset("text", {"answer": "text", "entity": "entity"}, optional=_ALTERNATIVES),
+    Preset("images", {"answer": "label", "group": "group", "entity": "entity"}, optional=_ALTERNATIVES, pictures=True),
 )
 PRESET_NAMES: tuple[str, ...] = tuple(dict.fromkeys(preset.name for preset in PRESETS))
 

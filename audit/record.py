@@ -293,6 +293,7 @@ class ExampleRow(_Model):
     entity: str = ""
     generated: str | None = None
     scores: dict[str, MaybeNumber] = Field(default_factory=dict)
+    image: str | None = Field(default=None, description="what was shown, as a small PNG in base64")
 
 
 class SpikeCell(_Model):

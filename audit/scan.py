@@ -13,17 +13,18 @@ import platform
 import resource
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from audit.case import Case
 from audit.errors import AuditError, BadInput, Incomplete
 from audit.instrument import Access, Attack, Broken, Instrument, select
-from audit.inventory import Inventory, take_inventory
+from audit.inventory import Inventory, sees_images, take_inventory
 from audit.profile import Domain, Profile, fitting, shipped
 from audit.progress import SILENT, Progress
 from audit.record import (
@@ -46,12 +47,13 @@ from audit.verdict import KNOWLEDGE, conclude, judge
 if TYPE_CHECKING:
     from audit.capture import Engine
     from audit.evidence import Evidence, Store
+    from audit.opened import OpenModel
     from audit.plan import AnyRequest, Generate, Patched, Request, Weights
-    from audit.target import Target
     from audit.weights import TensorRow
 
 _NOISE_SAMPLE = 8
 _MOST_EXAMPLES = 400
+_MOST_IMAGES = 60
 
 
 @dataclass
@@ -99,7 +101,7 @@ def scan(
     *,
     progress: Progress = SILENT,
     command: str = "",
-    open_target: Callable[..., Target] | None = None,
+    open_target: Callable[..., OpenModel] | None = None,
     evidence_folder: Path | None = None,
     profiles: Sequence[Profile] | None = None,
 ) -> Record:
@@ -107,8 +109,8 @@ def scan(
 
     `evidence_folder` is where evidence is kept instead, for scans that share an original. Of `profiles` (those that
     come with the package, if not given) the first that fits the case sets the thresholds.
-    Models are opened by `open_target(role, inventory, device=..., dtype=..., template=...)`, which is `Target` if not
-    given: nothing that lies in a folder can make it another.
+    Models are opened by `open_target(role, inventory, device=..., dtype=..., template=...)`; if not given, as the
+    language models or image classifiers that they are: nothing else in a folder can make it another.
 
     Raises:
         Refused: a model folder is unsafe or not whole.
@@ -117,6 +119,10 @@ def scan(
     """
     began = time.monotonic()
     inventories = take_inventories(case, progress)
+    for inventory in inventories.values():
+        if sees_images(inventory.architecture) != (case.modality == "image"):
+            held = "images" if case.modality == "image" else "no images"
+            raise BadInput(f"{inventory.root}: {inventory.architecture} does not fit the sets, which hold {held}")
     run = _Run(case, evidence_folder or out / "evidence", progress, *_choose(case))
     run.limits += _limits(case)
     out.mkdir(parents=True, exist_ok=True)
@@ -151,6 +157,8 @@ def _choose(case: Case) -> tuple[list[Instrument], list[NotRun]]:
     chosen: list[Instrument] = []
     not_run: list[NotRun] = []
     for item in select(case.options.only, case.options.skip):
+        if isinstance(item, Instrument) and item.modality not in (case.modality, "any"):
+            continue  # no part of an audit of this kind of model
         if isinstance(item, Broken):
             not_run.append(NotRun(instrument=item.name, reason=item.reason, failed=True))
         elif reason := item.missing(case):
@@ -183,12 +191,11 @@ def _limits(case: Case) -> list[str]:
 
 
 def _capture_all(
-    run: _Run, inventories: dict[str, Inventory], open_target: Callable[..., Target] | None = None
+    run: _Run, inventories: dict[str, Inventory], open_target: Callable[..., OpenModel] | None = None
 ) -> Evidence:
     import torch
 
     from audit.evidence import Evidence
-    from audit.target import Target
 
     device = run.case.options.device
     if device == "auto":
@@ -197,7 +204,7 @@ def _capture_all(
     run.inventories = inventories
     for role in sorted(inventories, key=lambda role: role == "original"):  # last: others' states are put into it
         inventory = inventories[role]
-        target = (open_target or Target)(
+        target = (open_target or _open)(
             role,
             inventory,
             device=device,
@@ -207,15 +214,26 @@ def _capture_all(
         _capture(run, target, evidence, run.instruments)
         for instrument in [i for i in run.instruments if isinstance(i, Attack)]:
             _attack(run, target, evidence, instrument)
-        if target.truncated:
-            run.limits.append(f"{role}: {len(target.truncated)} texts were longer than its context and were cut")
+        if target.cut:
+            run.limits.append(f"{role}: {target.cut} texts were longer than its context and were cut")
         if unused := target.unused:
             run.limits.append(f"{role}: {len(unused)} tensors that its architecture does not use, {unused[0]} first")
         target.release()
     return evidence
 
 
-def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequence[Instrument]) -> None:
+def _open(role: str, inventory: Inventory, **options: Any) -> OpenModel:
+    """The model of a folder, as what its architecture says it is."""
+    if sees_images(inventory.architecture):
+        from audit.image_target import ImageTarget
+
+        return ImageTarget(role, inventory, **options)
+    from audit.target import Target
+
+    return Target(role, inventory, **options)
+
+
+def _capture(run: _Run, target: OpenModel, evidence: Evidence, instruments: Sequence[Instrument]) -> None:
     """Ask the instruments what they need of this model, and run what the store does not hold."""
     from audit.capture import Engine
     from audit.plan import Generate, Patched, Request, Weights
@@ -265,15 +283,15 @@ def _capture(run: _Run, target: Target, evidence: Evidence, instruments: Sequenc
         evidence.noise[target.role] = _noise(store, engine, [r for r in requests if isinstance(r, Request)])
 
 
-def _store(run: _Run, target: Target) -> Store:
+def _store(run: _Run, target: OpenModel) -> Store:
     """Where the captures of a model lie."""
     from audit.evidence import Store, context_of
 
     return Store(run.evidence_folder, context_of(target.digest, dtype=str(target.dtype), device=str(target.device)))
 
 
-def _compare(run: _Run, target: Target, store: Store, request: Weights) -> list[TensorRow]:
-    """A model's weights against another role's: as noted in its store, or compared now and noted.
+def _compare(run: _Run, target: OpenModel, store: Store, request: Weights) -> list[TensorRow]:
+    """A model's weights against another role's, or nothing: as noted in its store, or compared now and noted.
 
     An altered model has no files: what it has in memory is compared.
     """
@@ -281,24 +299,32 @@ def _compare(run: _Run, target: Target, store: Store, request: Weights) -> list[
 
     if run.case.options.access < Access.WEIGHTS:
         raise ValueError("asks for weights, and the audit has no access to them")
-    here, there = run.inventories[target.role.split("+")[0]], run.inventories[request.against]
-    for inventory in (here, there):
+    here = run.inventories[target.role.split("+")[0]]
+    there, against = None if request.against is None else run.inventories[request.against], _digest(run, request)
+    for inventory in (here,) if there is None else (here, there):
         if inventory.format != "safetensors":
             raise BadInput(f"{inventory.root}: {inventory.format} weights are not compared, only safetensors are")
-    rows = weights.recall(store, there.digest)
+    rows = weights.recall(store, against)
     if rows is None and "+" in target.role:
         altered = weights.InMemory(target.model)
-        rows = list(weights.compare_tensors(altered, weights.Folder(there.root), device=str(target.device)))
-        weights.remember(store, there.digest, rows)
+        other = weights.Zeros(altered) if there is None else weights.Folder(there.root)
+        rows = list(weights.compare_tensors(altered, other, device=str(target.device)))
+        weights.remember(store, against, rows)
     if rows is None:
-        names = {tensor.name for tensor in (*here.tensors, *there.tensors)}
-        with run.progress.step(f"weights of {target.role} against {request.against}", len(names)) as tick:
-            rows = weights.compare(here.root, there.root, device=str(target.device), tick=tick)
-        weights.remember(store, there.digest, rows)
+        names = {tensor.name for tensor in (*here.tensors, *(() if there is None else there.tensors))}
+        with run.progress.step(f"weights of {target.role} against {request.against or 'nothing'}", len(names)) as tick:
+            root = None if there is None else there.root
+            rows = weights.compare(here.root, root, device=str(target.device), tick=tick)
+        weights.remember(store, against, rows)
     return rows
 
 
-def _run_scores(run: _Run, target: Target, store: Store, engine: Engine, requests: list[Request]) -> None:
+def _digest(run: _Run, request: Weights) -> str:
+    """Under what a comparison is noted: the digest of what the weights are compared with."""
+    return "nothing" if request.against is None else run.inventories[request.against].digest
+
+
+def _run_scores(run: _Run, target: OpenModel, store: Store, engine: Engine, requests: list[Request]) -> None:
     from audit.plan import Batch, merge
 
     batches = engine.batches(merge(requests))
@@ -319,7 +345,7 @@ def _run_scores(run: _Run, target: Target, store: Store, engine: Engine, request
             tick(done)
 
 
-def _run_generations(run: _Run, target: Target, store: Store, engine: Engine, requests: list[Generate]) -> None:
+def _run_generations(run: _Run, target: OpenModel, store: Store, engine: Engine, requests: list[Generate]) -> None:
     todo = [
         (prompts, request.new_tokens)
         for request in {r.name: r for r in requests}.values()
@@ -379,7 +405,7 @@ def _noise(store: Store, engine: Engine, requests: list[Request]) -> float:
     return known
 
 
-def _attack(run: _Run, target: Target, evidence: Evidence, attack: Attack) -> None:
+def _attack(run: _Run, target: OpenModel, evidence: Evidence, attack: Attack) -> None:
     """Visit the altered models of an attack, unless every one's captures are on disk already."""
     began = time.monotonic()
     watching = [attack, *(i for i in run.instruments if attack.name in i.watches)]
@@ -435,7 +461,7 @@ def _holds(run: _Run, evidence: Evidence, store: Store, request: AnyRequest) -> 
     if isinstance(request, Generate):
         return all(store.knows_continuation(prompt, request.new_tokens) for prompt in request.prompts)
     if isinstance(request, Weights):
-        return weights.recall(store, run.inventories[request.against].digest) is not None
+        return weights.recall(store, _digest(run, request)) is not None
     source = evidence.store(request.source)
     return source is not None and not patching.missing(request, store, source)
 
@@ -462,7 +488,9 @@ def _measure_all(run: _Run, evidence: Evidence) -> tuple[list[Finding], list[Exa
 
 
 def _examples(case: Case, drill: dict[str, dict[str, float | str]]) -> list[ExampleRow]:
-    rows = []
+    from audit.pictures import png
+
+    rows: list[ExampleRow] = []
     for row in case.rows("forget") if "forget" in case.sets else ():
         values = drill.get(row.id, {})
         said = values.get("generated")
@@ -474,6 +502,7 @@ def _examples(case: Case, drill: dict[str, dict[str, float | str]]) -> list[Exam
                 entity=row.entity,
                 generated=said if isinstance(said, str) else None,
                 scores={key: value for key, value in values.items() if not isinstance(value, str)},
+                image=b64encode(png(row.picture)).decode() if row.picture and len(rows) < _MOST_IMAGES else None,
             )
         )
     return rows[:_MOST_EXAMPLES]

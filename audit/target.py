@@ -1,7 +1,6 @@
-"""An opened model: tokenizer, weights, and the canonical names of the places inside it.
+"""An opened language model: tokenizer, weights, and the canonical names of the places inside it.
 
-A folder is opened only after its inventory was taken (`audit.inventory`), with remote code and the network
-ruled out explicitly. The tokenizer is read at once; the weights when a pass, or an instrument, first needs them.
+The tokenizer is read at once; the weights when a pass, or an instrument, first needs them (`audit.opened`).
 
 Places inside the model carry TransformerLens' hook names (`blocks.3.hook_resid_post`). They are resolved
 through its architecture adapters to the Hugging Face modules themselves, and recorded by plain hooks there:
@@ -10,30 +9,26 @@ wrapping the model in a `TransformerBridge` changes its attention kernel, and wi
 
 from __future__ import annotations
 
-import copy
-import gc
-import hashlib
 import re
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessorList
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
-from audit.errors import BadInput, Refused
+from audit.errors import BadInput
 from audit.inventory import Inventory
+from audit.opened import OpenModel, quiet
 from audit.tokens import Tokens, common_prefix
+
+if TYPE_CHECKING:
+    from audit.passes import TextPass
 
 Template = str
 _QA = "Question: {prompt}\nAnswer:"
 
 
-class Target:
+class Target(OpenModel):
     """A causal language model under audit, or one it is compared with.
 
     Args:
@@ -44,6 +39,8 @@ class Target:
         template: how a prompt becomes text: `auto`, `chat`, `qa`, `plain`, or a string with `{prompt}`.
     """
 
+    factory = AutoModelForCausalLM
+
     def __init__(
         self,
         role: str,
@@ -53,16 +50,10 @@ class Target:
         dtype: torch.dtype = torch.float32,
         template: Template = "auto",
     ) -> None:
-        self.role = role
-        self.inventory = inventory
-        self.digest = inventory.digest
-        self.device = torch.device(device)
-        self.dtype = dtype
+        super().__init__(role, inventory, device=device, dtype=dtype)
         self.template = template
         self.truncated: set[tuple[int, ...]] = set()
-        self._unused: tuple[str, ...] | None = None
         self._context_length: int | None = None
-        self._model: Any = None
         # Instruments ask for the same texts again, and an attack at every stage: views share this.
         self._encoded: dict[tuple[str, str], Tokens] = {}
         with quiet():
@@ -75,23 +66,16 @@ class Target:
         if template == "chat" and not self.tokenizer.chat_template:
             raise BadInput(f"{inventory.root}: template 'chat' asked for, but the tokenizer has none")
 
-    def _load(self, factory: Any, **options: Any) -> Any:
-        root: Path = self.inventory.root
-        if self.inventory.format == "gguf":
-            options["gguf_file"] = self.inventory.weight_files[0]
-            if len(self.inventory.files) == 1:
-                root = self._alone(root / self.inventory.weight_files[0])
-        try:
-            return factory.from_pretrained(root, trust_remote_code=False, local_files_only=True, **options)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
-            raise Refused(f"{self.inventory.root}: cannot be opened: {str(error).splitlines()[0]}") from None
+    def passes(self, share: bool) -> TextPass:
+        """Packed batches, with common beginnings computed once."""
+        from audit.passes import TextPass
 
-    def _alone(self, file: Path) -> Path:
-        """A folder that holds this file only: its neighbours were not inventoried, and the loader would read them."""
-        if not hasattr(self, "_folder"):
-            self._folder = TemporaryDirectory(prefix="palimpsest-")
-            (Path(self._folder.name) / file.name).symlink_to(file)
-        return Path(self._folder.name)
+        return TextPass(self, share)
+
+    @property
+    def cut(self) -> int:
+        """How many texts were longer than the context, and lost a part."""
+        return len(self.truncated)
 
     # --- text to tokens -------------------------------------------------------------------------------
 
@@ -247,63 +231,6 @@ class Target:
 
     # --- weights --------------------------------------------------------------------------------------
 
-    @property
-    def _config(self) -> Any:
-        from transformers import AutoConfig
-
-        if not hasattr(self, "_config_cache"):
-            with quiet():
-                self._config_cache = self._load(AutoConfig)
-        return self._config_cache
-
-    @property
-    def model(self) -> Any:
-        """The Hugging Face model, in evaluation mode; loaded on first use."""
-        if self._model is None:
-            with quiet():
-                model, found = self._load(AutoModelForCausalLM, dtype=self.dtype, output_loading_info=True)
-            if missing := sorted(found["missing_keys"]):  # transformers would fill these with random numbers
-                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-                raise Refused(f"{self.inventory.root}: no tensor {missing[0]}{more} in the weights")
-            self._unused = tuple(sorted(found["unexpected_keys"]))
-            # What the folder says of generation must not decide what an audit gets to read.
-            kept = model.generation_config
-            model.generation_config = GenerationConfig(
-                bos_token_id=kept.bos_token_id, eos_token_id=kept.eos_token_id, pad_token_id=kept.pad_token_id
-            )
-            self._model = model.to(self.device).eval().requires_grad_(False)
-        return self._model
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Tensors of the folder that the architecture does not use; reads the weights if nothing has yet."""
-        if self._unused is None:
-            _ = self.model
-        return self._unused or ()
-
-    def release(self) -> None:
-        """Forget the weights: the next use reads them from disk again, unaltered."""
-        if self._model is not None:
-            weights = weakref.ref(self._model)
-            self._model = None
-            if weights() is not None:  # held by a cycle; looking for it takes long, so not otherwise
-                gc.collect()
-
-    def altered(self, name: str, recipe: str) -> Target:
-        """This target after an attack: same folder, other role and digest, sharing the weights in memory."""
-        other = copy.copy(self)
-        other.role = f"{self.role}+{name}"
-        other.digest = hashlib.sha256(f"{self.digest}\n{recipe}".encode()).hexdigest()
-        return other
-
-    def adopt(self, other: Target) -> None:
-        """Take over another view's weights in memory: those an attack has altered by now."""
-        self._model = other._model
-
-    def let_go(self) -> None:
-        """Forget weights that were taken over; the view they came from keeps them."""
-        self._model = None
-
     # --- places ---------------------------------------------------------------------------------------
 
     @property
@@ -417,17 +344,3 @@ def canonical_places(config: Any) -> dict[str, str]:
             path.append(component.name)
         places[part] = ".".join(path)
     return places
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Loading prints bars and advice meant for interactive use; the scan has its own progress."""
-    level: Callable[[], int] = transformers_logging.get_verbosity
-    before = level()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-        transformers_logging.enable_progress_bar()

@@ -4,7 +4,8 @@
         print(row.name, row.relative, row.stable_rank)
 
 W is a tensor of the target, W0 the original's of the same name, both as float32, and D = W - W0. At most one tensor
-of either model is in memory at a time, so that two models of any size can be compared on a small machine.
+of either model is in memory at a time, so that two models of any size can be compared on a small machine. Compared with
+nothing, W0 = 0 and D = W: then rows describe the weights themselves.
 
 What is *not* compared gets a row that says why: a tensor that one model lacks, shapes that differ, dtypes that are no
 numbers by themselves (packed integers), values that are not finite. A model without an output head uses its embedding
@@ -133,6 +134,7 @@ class TensorRow:
         stable_rank, effective_rank: of D, where it has two dimensions and is not zero.
         int4_kept: share of weights whose int4 code is unchanged; two dimensions only.
         int4_step: max |D| over the width of the original's int4 bin, row by row; below 1/2 few codes can change.
+        first, second, middle: the two largest singular values of D and their median, where it has ranks.
     """
 
     name: str
@@ -148,6 +150,9 @@ class TensorRow:
     effective_rank: float | None = None
     int4_kept: float | None = None
     int4_step: float | None = None
+    first: float | None = None
+    second: float | None = None
+    middle: float | None = None
 
     @property
     def size(self) -> int:
@@ -248,13 +253,30 @@ class InMemory:
         return self._parameters[name].detach()
 
 
+class Zeros:
+    """Nothing to compare with: zeros in the shapes of other tensors, which take no memory."""
+
+    def __init__(self, like: Tensors) -> None:
+        self._shapes = dict(like.shapes())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape by name."""
+        return self._shapes
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of zeros."""
+        import torch
+
+        return torch.zeros(()).expand(self._shapes[name])
+
+
 # --- the comparison -----------------------------------------------------------------------------------------
 
 
 def compare(
-    target: Path, original: Path, *, device: str = "cpu", tick: Callable[[int], None] = lambda _: None
+    target: Path, original: Path | None, *, device: str = "cpu", tick: Callable[[int], None] = lambda _: None
 ) -> list[TensorRow]:
-    """A row for every tensor of two model folders, in the order of the blocks.
+    """A row for every tensor of two model folders, or of one compared with nothing, in the order of the blocks.
 
     Singular values are most of the cost: about m n min(m, n) operations a matrix, on `device`. `tick` is called with
     the number of tensors done.
@@ -262,8 +284,8 @@ def compare(
     Raises:
         BadInput: a folder without safetensors files, such as one that holds GGUF.
     """
-    rows = []
-    for row in compare_tensors(Folder(target), Folder(original), device=device):
+    rows, here = [], Folder(target)
+    for row in compare_tensors(here, Zeros(here) if original is None else Folder(original), device=device):
         rows.append(row)
         tick(len(rows))
     return rows
@@ -280,7 +302,7 @@ def compare_tensors(target: Tensors, original: Tensors, *, device: str = "cpu") 
 
 
 def remember(store: Store, against: str, rows: Sequence[TensorRow]) -> None:
-    """Note a comparison in the target's store; `against` is the digest of what it was compared with."""
+    """Note a comparison in the target's store; `against` is the digest of what it was compared with, or `nothing`."""
     store.remember(_note(against), [asdict(row) for row in rows])
 
 
@@ -351,6 +373,8 @@ def _measures(w: Tensor, w0: Tensor) -> dict[str, Any]:
             del w, w0
             values = _spectrum(change)
             found |= {"stable_rank": stable_rank(values), "effective_rank": effective_rank(values)}
+            found |= {"first": float(values[0]), "middle": float(values.median())}
+            found["second"] = float(values[1]) if len(values) > 1 else 0.0
     return found
 
 

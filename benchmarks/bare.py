@@ -29,7 +29,7 @@ class Passes:
     def __init__(self, target: Target, requests: list[Request | Generate]) -> None:
         engine = Engine(target)
         with torch.inference_mode():
-            engine._prepare()  # whether prefixes can be shared is found out by trying
+            engine.passes.prepare()  # whether prefixes can be shared is found out by trying
         batches = engine.batches(merge([r for r in requests if isinstance(r, Request)]))
         self.tokens = sum(batch.forward_tokens for batch in batches)
         self._inputs = [_tensors(batch) for batch in batches]
@@ -67,7 +67,7 @@ class Passes:
 
     def _head(self, states: torch.Tensor) -> None:
         head = self._target.model.get_output_embeddings()
-        chunk = self._engine._chunk
+        chunk = self._engine.chunk
         for first in range(0, len(states), chunk):
             head(states[first : first + chunk])
 

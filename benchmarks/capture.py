@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from audit.opened import quiet
 from audit.quantities import MOMENTS, TOKEN, hidden
-from audit.target import Target, quiet
+from audit.target import Target
 from audit.tokens import Tokens
 from benchmarks.materials import answers, answers_and_options, subjects
 from benchmarks.plain import Rows, by_engine, differences, in_words, one_by_one

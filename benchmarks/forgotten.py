@@ -27,12 +27,13 @@ from audit.capture import Engine
 from audit.errors import NoAccess
 from audit.inventory import take_inventory
 from audit.loaders import Example
+from audit.opened import quiet
 from audit.organisms.families import Family
 from audit.organisms.guarded import open_guarded
 from audit.organisms.recipes import Recipe, read_history
 from audit.plan import Generate, Request, merge
 from audit.statistics import auc
-from audit.target import Target, quiet
+from audit.target import Target
 from detectors.forgotten import NEW_TOKENS, decided, moved
 from detectors.suspicion import HEAD, Suspects, changed, confidence, no_answer, suspicion, unusual
 

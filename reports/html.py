@@ -5,7 +5,8 @@
     html = render_html(record)
     write_report(record, Path("OUT/report.html"))
 
-No script, no network, no inline style: the content policy admits nothing but the one stylesheet, by its hash.
+No script, no network, no inline style: the content policy admits nothing but the one stylesheet, by its hash, and
+pictures that lie in the file itself where an audit is of images.
 Every value of the record passes through `escape.shown` (by the environment's `finalize`) and then through
 Jinja2's autoescape, so a template cannot forget either. Equal records give equal bytes: mappings are shown in
 a fixed order, and neither the clock nor the machine is asked for anything.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -75,13 +77,14 @@ def render_html(record: Record) -> str:
     shown_examples = record.examples[:MAX_EXAMPLES]
     css = _environment().loader.get_source(_environment(), "report.css")[0]  # type: ignore[union-attr]
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    images = "img-src data:; " if any(example.image for example in shown_examples) else ""
     return (
         _environment()
         .get_template("report.html.j2")
         .render(
             record=record,
             css=Markup(css),
-            policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+            policy=f"default-src 'none'; style-src 'sha256-{digest}'; {images}base-uri 'none'; form-action 'none'",
             label=words.LABELS[record.verdict.label],
             spike_copies=[copy for copy in record.spike.copies if not copy.failed] if record.spike else [],
             chapters=chapters,
@@ -119,6 +122,7 @@ def _environment() -> jinja2.Environment:
         finalize=_finalize,
     )
     environment.filters.update(
+        base64=lambda text: re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", text) is not None,
         number=words.number,
         p=words.p_value,
         interval=words.interval,

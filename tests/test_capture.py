@@ -16,9 +16,10 @@ import pytest
 import torch
 from conftest import TINY, save_tiny, words_tokenizer
 
-from audit import capture
+from audit import capture, passes
 from audit.capture import Engine
 from audit.errors import BadInput
+from audit.passes import TextPass
 from audit.plan import Generate, Request, merge, pack
 from audit.quantities import MOMENTS, TOKEN, Quantity, View, hidden, top_k
 from audit.tokens import Tokens
@@ -160,7 +161,7 @@ def test_scores_equal_the_plain_forward_pass(name, share, budget, target, expect
     assert any(batch.prefix for batch in batches) == (share and budget > 1)  # a budget of 1 leaves nothing together
     rows = [row for batch in batches for row in engine.run(batch)]
     check_scores(rows, name, expected)
-    assert engine.share == share  # none of these needs to be run without
+    assert engine.passes.share == share  # none of these needs to be run without
     assert engine.forward_tokens == sum(batch.forward_tokens for batch in batches)
     # Every text has every quantity that anyone asked for, from the earliest token on.
     asked = {(w.tokens, tuple(q.name for q in w.quantities)) for w in works}
@@ -201,8 +202,8 @@ def test_the_head_runs_once_for_all_that_want_the_same(target):
     asked = [Request("all", tuple(texts), (TOKEN,)), Request("some", tuple(texts[::2]), (MOMENTS,))]
     [batch] = pack(merge(asked), token_budget=4096)
     engine.run(batch)
-    applied, head = [], engine._head
-    engine._head = lambda state: applied.append(len(state)) or head(state)
+    applied, head = [], engine.passes.head
+    engine.passes.head = lambda state: applied.append(len(state)) or head(state)
     rows = engine.run(batch)
     assert sorted(applied) == [18, 18]  # not once for each of twelve texts that take turns
     assert [row.tokens for row in rows] == [work.tokens for work in batch.works]
@@ -417,14 +418,14 @@ def test_a_recurrent_model_is_captured_without_sharing(share, recurrent, open_ta
             answer = torch.tensor(row.tokens.ids[row.tokens.start :])
             truth = logits.log_softmax(-1)[row.tokens.start - 1 : -1].gather(1, answer[:, None])[:, 0]
             close(row.values["token"]["logprob"], truth)
-    assert not engine.share
+    assert not engine.passes.share
 
 
 def test_a_cache_that_cannot_be_shared_is_not_shared(target, monkeypatch):
-    monkeypatch.setattr(Engine, "_cache_can_be_shared", lambda *_: False)
+    monkeypatch.setattr(TextPass, "_cache_can_be_shared", lambda *_: False)
     taken: list[object] = []
-    original = capture._take
-    monkeypatch.setattr(capture, "_take", lambda cache, index: taken.append(cache) or original(cache, index))
+    original = passes._take
+    monkeypatch.setattr(passes, "_take", lambda cache, index: taken.append(cache) or original(cache, index))
     engine = Engine(target("llama"))
     for batch in pack(merge(requests(2)), token_budget=500):
         engine.run(batch)

@@ -34,6 +34,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from audit.opened import quiet
 from audit.organisms.datasets import Dealt
 from audit.organisms.methods.npo import Npo
 from audit.organisms.train import (
@@ -47,7 +48,6 @@ from audit.organisms.train import (
 )
 from audit.organisms.unlearn import Bench, Schedule
 from audit.organisms.world import Row, World, make_world
-from audit.target import quiet
 
 StageProgress = Callable[[str, int, int], None]
 """Called with the stage, the steps done and the steps in all."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from audit.errors import BadInput
+from audit.opened import quiet
 from audit.organisms.datasets import Dealt, deal
 from audit.organisms.demo import FROM_BASE_SIZES, demo_sets, write_jsonl
 from audit.organisms.train import new_model, word_tokenizer
 from audit.organisms.world import Row, World, make_world
-from audit.target import quiet
 
 BASES = ("llama", "gpt-neox")
 """The architectures that are taught from random weights."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from audit.errors import NoAccess
 from audit.inventory import Inventory
+from audit.opened import OpenModel
 from audit.organisms.guard_kinds import Guard, Reply
 from audit.organisms.guards import read_guard
 from audit.target import Target
@@ -99,11 +100,11 @@ class GuardedTarget(Target):
         """Nothing: which tensors are used shows only once the weights are read."""
         return ()
 
-    def altered(self, name: str, recipe: str) -> Target:  # noqa: ARG002
+    def altered(self, name: str, recipe: str) -> Self:  # noqa: ARG002
         """Out of reach: an attack alters weights."""
         self._refuse("weights")
 
-    def adopt(self, other: Target) -> None:  # noqa: ARG002
+    def adopt(self, other: OpenModel) -> None:  # noqa: ARG002
         """Out of reach."""
         self._refuse("weights")
 

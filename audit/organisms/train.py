@@ -33,8 +33,8 @@ from transformers import (
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from audit.errors import BadInput, Incomplete
+from audit.opened import quiet
 from audit.organisms.world import END
-from audit.target import quiet
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""

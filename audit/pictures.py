@@ -1,0 +1,172 @@
+"""Images and their classes, from the formats that data sets of images come in.
+
+    a folder with a folder of images for every class          train/cat/1.png
+    an .npz file with arrays X [n, height, width(, 3)] and y   digits.npz, or digits.npz?split=train
+    a Parquet file with a column of images                     as `datasets` writes them: bytes and path
+
+A row is an `Example` without a prompt: its answer is the class, by name where the file has names. Rows are chosen as
+text rows are: `digits.npz?label=3&limit=100`. Pixels are kept as they are, 8 bits a channel; what a model's folder says
+of resizing and scaling is done when they are shown to it (`audit.image_target`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from audit.errors import BadInput
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+_X, _Y = ("X", "x", "images", "image", "data"), ("y", "Y", "labels", "label", "targets")
+_SPLITS = ("train", "test", "val", "tr", "te")
+_MOST_PIXELS = 64_000_000
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image: `pixels` [height, width, 3], 8 bits a channel; `digest` is the SHA-256 of its shape and pixels."""
+
+    digest: str
+    pixels: NDArray[np.uint8] = field(compare=False, repr=False)
+
+
+def picture(pixels: Any) -> Picture:
+    """A picture of an array [height, width], [height, width, 1], 3 or 4 channels, 0 to 255, whole numbers.
+
+    Raises:
+        ValueError: another shape or kind of number, or no pixel at all.
+    """
+    array = np.asarray(pixels)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:
+        raise ValueError(f"an array of shape {np.shape(pixels)} is no image [height, width(, channels)]")
+    if array.dtype != np.uint8:
+        whole = array.astype(np.int64) if array.dtype.kind in "iuf" else None
+        if whole is None or (whole != array).any() or whole.min() < 0 or whole.max() > 255:
+            raise ValueError(f"an image of {array.dtype} that is not whole numbers from 0 to 255")
+        array = whole.astype(np.uint8)
+    array = np.ascontiguousarray(np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[..., :3])
+    return Picture(hashlib.sha256(str(array.shape).encode() + array.tobytes()).hexdigest(), array)
+
+
+def png(image: Picture, most: int = 64) -> bytes:
+    """The picture as PNG for a report, no side longer than `most`."""
+    from PIL import Image
+
+    shown = Image.fromarray(image.pixels)
+    shown.thumbnail((most, most))
+    buffer = io.BytesIO()
+    shown.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def holds_pictures(path: Path) -> bool:
+    """Is this a folder, or a file, of images rather than of texts?"""
+    if path.is_dir():
+        return any(file.suffix.lower() in IMAGES for folder in _folders(path) for file in folder.iterdir())
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        return _image_column(path) is not None
+    return path.suffix.lower() == ".npz"
+
+
+def read_pictures(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows as (place, {"image": Picture, "label": class, …}); raises BadInput, naming file and row."""
+    if path.is_dir():
+        return _image_folder(path)
+    return _npz(path) if path.suffix.lower() == ".npz" else _parquet(path)
+
+
+def _decoded(data: bytes | Path, place: str) -> Picture:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise BadInput(f"{place}: an image of {image.width} by {image.height} pixels is too large")
+            return picture(np.asarray(image.convert("RGB")))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{place}: not a readable image: {' '.join(str(error).split())}") from None
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(folder for folder in path.iterdir() if folder.is_dir())
+
+
+def _image_folder(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for folder in _folders(path):
+        for file in sorted(folder.iterdir()):
+            if file.suffix.lower() in IMAGES:
+                yield str(file), {"image": _decoded(file, str(file)), "label": folder.name}
+
+
+def _npz(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise BadInput(f"{path}: not a readable .npz: {' '.join(str(error).split())}") from None
+    found = [(split, x, y) for split, x, y in _pairs(arrays) if x in arrays and y in arrays]
+    if not found:
+        raise BadInput(f"{path}: no arrays X and y (or X and y of a split); it holds {', '.join(sorted(arrays))}")
+    names = arrays.get("classes")
+    for split, x, y in found:
+        images, labels = arrays[x], arrays[y]
+        if labels.ndim != 1 or len(images) != len(labels):
+            raise BadInput(f"{path}: {x} has {len(images)} images, {y} is of shape {labels.shape}")
+        for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+            place = f"{path}: {x}[{row}]"
+            try:
+                shown = picture(image)
+            except ValueError as error:
+                raise BadInput(f"{place}: {error}") from None
+            named = label.item() if names is None else str(names[int(label)])
+            yield place, {"image": shown, "label": named, "split": split, "row": row}
+
+
+def _pairs(arrays: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """(split, name of the images, name of the labels) as they may be called."""
+    names = list(arrays)
+    for split in ("", *_SPLITS):
+        for x in _X:
+            for y in _Y:
+                for form in (x + split, f"{x}_{split}", f"{split}_{x}") if split else (x,):
+                    if form in names:
+                        yield split, form, form.replace(x, y)
+
+
+def _image_column(path: Path) -> str | None:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+    except (OSError, pyarrow.ArrowException):
+        return None
+    kinds = {column: schema.field(column).type for column in schema.names}
+    structs = [c for c, kind in kinds.items() if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0]
+    plain = [c for c, kind in kinds.items() if pyarrow.types.is_binary(kind) and c in ("image", "img", "png", "jpg")]
+    return next(iter([*structs, *plain]), None)
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow.parquet
+
+    column = _image_column(path)
+    assert column is not None, "asked by holds_pictures"
+    with path.open("rb") as file:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    for number, row in enumerate(rows, start=1):
+        place = f"{path}: row {number}"
+        cell = row.pop(column)
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(data, bytes):
+            raise BadInput(f"{place}: column {column!r} holds no bytes of an image")
+        yield place, {**row, "image": _decoded(data, place)}
