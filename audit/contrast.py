@@ -16,7 +16,7 @@ instrument that cannot see what is there proves nothing by seeing nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -82,7 +82,7 @@ def against_never_taught(
     statistic: Statistic,
     score: Score,
     *,
-    columns: tuple[str, list[float]] | None = None,
+    columns: tuple[str, Sequence[float | str]] | None = None,
     aggregate: Callable[[Floats], Floats] | None = None,
     auc: bool = False,
     rows: Mapping[str, tuple[Example, ...]] | None = None,
@@ -94,8 +94,9 @@ def against_never_taught(
 
     Args:
         score: rows of a set under a role; called for every set and role the case has.
-        columns: for scores with columns (layers, steps): axis label and positions. The column with the largest
-            excess over the control is quoted, and having chosen it is paid for in its interval and p-value.
+        columns: for scores with columns (layers, steps, kinds of attack): axis label, and positions or names. The
+            column with the largest excess over the control is quoted, and having chosen it is paid for in its interval
+            and p-value.
         aggregate: from scores with columns to the one number a row that is tested instead; columns are then shown.
         auc: compare ranks (area under the ROC curve, null 0.5) rather than means.
         rows: the rows that `score` covers, by set; all that the budget allows if not given.
@@ -193,7 +194,7 @@ def _design(
 
 
 def _estimate(
-    design: _Design, columns: tuple[str, list[float]] | None, *, by_rank: bool, seed: int
+    design: _Design, columns: tuple[str, Sequence[float | str]] | None, *, by_rank: bool, seed: int
 ) -> tuple[Estimate, str | None, float | None]:
     """The estimate, which column it is of, and the largest value that is not ruled out in any column.
 
@@ -211,7 +212,9 @@ def _estimate(
         pointwise = every if b is None else [
             two_sample(x, y, c, d, bounds=design.bounds, seed=seed) for x, y in zip(a.T, b.T, strict=True)
         ]  # fmt: skip
-        return every[best], f"{axis} {positions[best]:g}", max(estimate.hi for estimate in pointwise)
+        place = positions[best]
+        where = place if isinstance(place, str) else f"{axis} {place:g}"
+        return every[best], where, max(estimate.hi for estimate in pointwise)
     if design.paired:
         return one_sample(a, c, bounds=design.bounds, seed=seed), None, None
     if b is None:
@@ -318,10 +321,12 @@ def _profile(
     statistic: Statistic,
     score: Score,
     clusters: dict[str, list[str]],
-    columns: tuple[str, list[float]],
+    columns: tuple[str, Sequence[float | str]],
     roles: tuple[str, ...],
 ) -> tuple[Figure, Table]:
-    axis, positions = columns
+    axis, places = columns
+    names = [place for place in places if isinstance(place, str)]
+    positions = [float(i) if isinstance(place, str) else place for i, place in enumerate(places)]
     series: list[Series] = []
     rows: list[list[str | int | float | None]] = []
     for role, name in _cells(case, roles):
@@ -342,13 +347,14 @@ def _profile(
                     role=kind,
                 )
             )
-        rows += [[role, name, x, e.value, e.lo, e.hi] for x, e in zip(positions, estimates, strict=True)]
+        rows += [[role, name, x, e.value, e.lo, e.hi] for x, e in zip(places, estimates, strict=True)]
     figure = Figure(
-        kind="profile",
+        kind="bars" if names else "profile",
         title=f"{statistic.words}, by {axis}",
         alt=f"{statistic.words} of forget rows in the target beside its controls, by {axis}; values in the table.",
         x_label=axis,
         y_label=statistic.unit,
         series=series,
+        ticks=names,
     )
     return figure, Table(columns=["model", "set", axis, "mean", "95 % from", "to"], rows=rows)

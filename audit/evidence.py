@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from audit.weights import TensorRow
 
 Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
-_BLOCKS_IN_MEMORY = 64
+_MOST_IN_MEMORY = 64 * 2**20
+"""Bytes of blocks that a store keeps at hand, besides the one being read."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Store:
         self.damaged: list[str] = []
         self._places: dict[tuple[str, str], Place] = {}
         self._cache: OrderedDict[Path, dict[str, Arrays]] = OrderedDict()  # arrays by quantity and key
+        self._held = 0
         self._context = dict(context)
         for path in sorted(self.folder.glob("*.safetensors")):
             self._index(path, path.read_bytes())
@@ -111,8 +113,9 @@ class Store:
             for name, array in load(place.block.read_bytes()).items():
                 of, _, key = name.rpartition("/")
                 block.setdefault(of, {})[key] = array
-            if len(self._cache) > _BLOCKS_IN_MEMORY:
-                self._cache.popitem(last=False)
+            self._held += _size(block)
+            while self._held > _MOST_IN_MEMORY and len(self._cache) > 1:
+                self._held -= _size(self._cache.popitem(last=False)[1])
         else:
             self._cache.move_to_end(place.block)
         return {key: array[place.first + skip : place.last] for key, array in block[quantity].items()}
@@ -176,6 +179,10 @@ class Store:
     def remember(self, name: str, value: Any) -> None:
         """Note anything that JSON can hold."""
         write_atomically(self.folder / f"{name}.json", json.dumps(value, allow_nan=False).encode(), sync=False)
+
+
+def _size(block: dict[str, Arrays]) -> int:
+    return sum(array.nbytes for arrays in block.values() for array in arrays.values())
 
 
 class Evidence:

@@ -1,11 +1,11 @@
-"""Fine-tuning a causal language model in place: the one loop of attacks and of matched nulls.
+"""Fine-tuning a model in place: the one loop of attacks and of matched nulls.
 
 torch is imported only when a model is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,32 +41,43 @@ def padded(batch: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, labels
 
 
+def text_loss(model: Any, rows: Sequence[Tokens]) -> torch.Tensor:
+    """Mean negative log-likelihood of the scored tokens under a causal language model, in nats, with a gradient."""
+    import torch
+
+    device = next(model.parameters()).device
+    ids, labels = padded(rows)
+    logits: Any = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(device))
+
+
 def descend(
-    model: Any, sources: Sequence[tuple[Iterator[Tokens], int]], steps: int, learning_rate: float
+    model: Any,
+    sources: Sequence[tuple[Iterator[Tokens], int]],
+    steps: int,
+    learning_rate: float,
+    loss: Callable[[Sequence[Tokens]], torch.Tensor] | None = None,
 ) -> Iterator[int]:
     """Take `steps` steps of AdamW on all weights; yields the number of each step when it is done.
 
     Args:
-        model: a causal language model; between steps its weights ask for no gradient, and may be altered.
+        model: between steps its weights ask for no gradient, and may be altered.
         sources: where a batch's rows come from, and how many from each.
         learning_rate: constant after 4 steps of warm-up; gradients are clipped to length 1.
-
-    The loss is the mean negative log-likelihood of the scored tokens.
+        loss: of a batch (`OpenModel.loss`); a language model's `text_loss` if not given.
     """
     import torch
 
-    device = next(model.parameters()).device
     model.eval()  # dropout would make the result depend on the batch's order of kernels
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 4))
     try:
         for step in range(1, steps + 1):
             model.requires_grad_(True)
-            ids, labels = padded([next(source) for source, share in sources for _ in range(share)])
+            batch = [next(source) for source, share in sources for _ in range(share)]
             optimizer.zero_grad(set_to_none=True)
-            logits: Any = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
-            loss: Any = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(device))
-            loss.backward()
+            error: Any = text_loss(model, batch) if loss is None else loss(batch)
+            error.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             warm.step()

@@ -89,9 +89,9 @@ class ImageTarget(OpenModel):
         *,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
-        template: str = "auto",  # noqa: ARG002
+        template: str = "auto",
     ) -> None:
-        super().__init__(role, inventory, device=device, dtype=dtype)
+        super().__init__(role, inventory, device=device, dtype=dtype, template=template)
         self._parts: dict[str, int] = {}
         if self._config.model_type not in _PLACES:
             known = ", ".join(sorted(_PLACES))
@@ -153,16 +153,36 @@ class ImageTarget(OpenModel):
     # --- places ---------------------------------------------------------------------------------------
 
     @cached_property
-    def _blocks(self) -> list[str]:
-        """Paths of the blocks, from the input to the output."""
+    def _block_paths(self) -> list[str]:
         pattern = _PLACES[self._config.model_type][0]
         wanted = re.compile(re.escape(pattern).replace(r"\*", r"\d+") + r"\.\d+")
         return [name for name, _ in self.model.named_modules() if wanted.fullmatch(name)]
 
     @property
+    def blocks(self) -> list[str]:
+        """Module paths of the blocks of all stages."""
+        return self._block_paths
+
+    @property
+    def output_head(self) -> torch.nn.Module:
+        """The classifier."""
+        head: torch.nn.Module = self.model.classifier
+        return head
+
+    def loss(self, rows: Sequence[Tokens]) -> torch.Tensor:
+        """Over the batch's decisions."""
+        logits = self.model(pixel_values=self.pixels([_pixels(tokens) for tokens in rows])).logits.float()
+        labels = torch.tensor([tokens.ids[tokens.start] for tokens in rows], device=self.device)
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    def question(self, example: Example) -> Shown:
+        """An image, its class scored."""
+        return self.show(example)
+
+    @property
     def layers(self) -> int:
         """Number of blocks, over all stages."""
-        return len(self._blocks)
+        return len(self.blocks)
 
     def site(self, name: str) -> tuple[torch.nn.Module, str]:
         """The module behind `blocks.{i}.hook_resid_pre|hook_resid_post` or `ln_final.hook_in`, and the side meant."""
@@ -171,7 +191,7 @@ class ImageTarget(OpenModel):
             return self.model.classifier, "input"
         if block is None or int(block[1]) >= self.layers:
             raise BadInput(f"{self.inventory.root}: no place named {name!r} in {self.inventory.architecture}")
-        return self.model.get_submodule(self._blocks[int(block[1])]), "input" if block[2] == "pre" else "output"
+        return self.model.get_submodule(self.blocks[int(block[1])]), "input" if block[2] == "pre" else "output"
 
     def places(self, state: torch.Tensor) -> torch.Tensor:
         """What a module passes on as [batch, 1 + places, width]: the decision's state first."""

@@ -12,7 +12,7 @@ import gc
 import hashlib
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from audit.errors import BadInput, Refused
-from audit.inventory import Inventory
+from audit.inventory import Inventory, take_inventory
 
 if TYPE_CHECKING:
+    from audit.loaders import Example
     from audit.passes import Pass
+    from audit.tokens import Tokens
 
 
 class OpenModel(ABC):
@@ -37,17 +40,21 @@ class OpenModel(ABC):
         inventory: what `take_inventory` found in the folder.
         device: a torch device.
         dtype: of the weights in memory.
+        template: how a prompt becomes text, where there are prompts.
     """
 
     factory: ClassVar[Any]
     """The auto class of transformers that reads such models."""
 
-    def __init__(self, role: str, inventory: Inventory, *, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, role: str, inventory: Inventory, *, device: str, dtype: torch.dtype, template: str = "auto"
+    ) -> None:
         self.role = role
         self.inventory = inventory
         self.digest = inventory.digest
         self.device = torch.device(device)
         self.dtype = dtype
+        self.template = template
         self._unused: tuple[str, ...] | None = None
         self._model: Any = None
 
@@ -67,6 +74,37 @@ class OpenModel(ABC):
     @abstractmethod
     def layers(self) -> int:
         """Number of blocks."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> list[str]:
+        """Module paths of the blocks, from the input to the output."""
+
+    @property
+    @abstractmethod
+    def output_head(self) -> torch.nn.Module:
+        """The unembedding, or the classifier."""
+
+    @abstractmethod
+    def question(self, example: Example) -> Tokens:
+        """An example before the model, its answer scored."""
+
+    @abstractmethod
+    def loss(self, rows: Sequence[Tokens]) -> torch.Tensor:
+        """Mean negative log-likelihood of what is scored in a batch, in nats, with a gradient: to fine-tune by."""
+
+    def matrices(self) -> list[tuple[torch.Tensor, bool]]:
+        """Weights of all linear maps and convolutions inside the blocks and between them; not embeddings and head.
+
+        With each: is it stored [in, out], as GPT-2 does, rather than [out, in, …]?
+        """
+        kinds = (torch.nn.Linear, torch.nn.Conv2d, Conv1D)
+        head = {id(parameter) for parameter in self.output_head.parameters()}
+        found: dict[int, tuple[torch.Tensor, bool]] = {}
+        for module in self.model.modules():
+            if isinstance(module, kinds) and id(weight := module.weight) not in head:
+                found[id(weight)] = (weight, isinstance(module, Conv1D))
+        return list(found.values())
 
     def decode(self, ids: tuple[int, ...]) -> str:  # noqa: ARG002
         """Text of token ids. Raises BadInput where the model writes none."""
@@ -136,6 +174,12 @@ class OpenModel(ABC):
             self._model = None
             if weights() is not None:  # held by a cycle; looking for it takes long, so not otherwise
                 gc.collect()
+
+    def beside(self, role: str, folder: Path) -> Self:
+        """Another model folder, opened in the same way."""
+        return type(self)(
+            role, take_inventory(folder), device=str(self.device), dtype=self.dtype, template=self.template
+        )
 
     def altered(self, name: str, recipe: str) -> Self:
         """This target after an attack: same folder, other role and digest, sharing the weights in memory."""

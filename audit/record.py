@@ -112,6 +112,7 @@ class Figure(_Model):
     x_label: str
     y_label: str
     series: list[Series]
+    ticks: list[str] = Field(default_factory=list, description="names of x = 0, 1, …, where they are no numbers")
     reference_lines: dict[str, float] = Field(default_factory=dict)
 
 

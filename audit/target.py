@@ -14,17 +14,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, PreTrainedTokenizerFast
 
 from audit.errors import BadInput
+from audit.finetune import text_loss
 from audit.inventory import Inventory
 from audit.opened import OpenModel, quiet
 from audit.tokens import Tokens, common_prefix
 
 if TYPE_CHECKING:
+    from audit.loaders import Example
     from audit.passes import TextPass
 
 Template = str
+_PROBE = "In 1984, naïve Zoë wrote: «What's 2+2?»"
 _QA = "Question: {prompt}\nAnswer:"
 
 
@@ -50,14 +54,15 @@ class Target(OpenModel):
         dtype: torch.dtype = torch.float32,
         template: Template = "auto",
     ) -> None:
-        super().__init__(role, inventory, device=device, dtype=dtype)
-        self.template = template
+        super().__init__(role, inventory, device=device, dtype=dtype, template=template)
         self.truncated: set[tuple[int, ...]] = set()
         self._context_length: int | None = None
         # Instruments ask for the same texts again, and an attack at every stage: views share this.
         self._encoded: dict[tuple[str, str], Tokens] = {}
         with quiet():
             self.tokenizer = self._load(AutoTokenizer)
+            if not self._as_stored():
+                self.tokenizer = self._load(PreTrainedTokenizerFast)
         if self.tokenizer.is_fast:  # asked directly, as transformers would set it up
             backend = self.tokenizer.backend_tokenizer
             backend.no_truncation()
@@ -65,6 +70,22 @@ class Target(OpenModel):
             backend.encode_special_tokens = self.tokenizer.split_special_tokens
         if template == "chat" and not self.tokenizer.chat_template:
             raise BadInput(f"{inventory.root}: template 'chat' asked for, but the tokenizer has none")
+
+    def _as_stored(self) -> bool:
+        """Does the tokenizer split text as the folder's own `tokenizer.json` does?
+
+        For some model types (Qwen2, Phi-3) transformers builds the class it knows for the type from the vocabulary
+        alone, whatever pre-tokenizer and model the file names: another tokenizer than the one the model was trained
+        with, and nothing says so.
+        """
+        path = self.inventory.root / "tokenizer.json"
+        if type(self.tokenizer) is PreTrainedTokenizerFast or not self.tokenizer.is_fast or not path.is_file():
+            return True
+        stored = Tokenizer.from_file(str(path))
+        words = sorted(stored.get_vocab())
+        probe = " ".join([_PROBE, *words[:: max(1, len(words) // 40)]])
+        loaded = self.tokenizer.backend_tokenizer.encode(probe, add_special_tokens=False).ids
+        return bool(stored.encode(probe, add_special_tokens=False).ids == loaded)
 
     def passes(self, share: bool) -> TextPass:
         """Packed batches, with common beginnings computed once."""
@@ -100,6 +121,14 @@ class Target(OpenModel):
         boundary. A text longer than the context loses its beginning (with a prompt) or its end (without).
         """
         return self._tokens(prompt, answer)
+
+    def loss(self, rows: Sequence[Tokens]) -> torch.Tensor:
+        """Over all scored tokens of the batch."""
+        return text_loss(self.model, rows)
+
+    def question(self, example: Example) -> Tokens:
+        """An example's prompt with its answer, which is scored."""
+        return self.encode(example.prompt, example.answer)
 
     def decision(self, prompt: str, answer: str) -> Tokens:
         """A prompt up to its answer's first token, which is scored; a passage without a prompt up to its last."""
@@ -237,6 +266,17 @@ class Target(OpenModel):
     def layers(self) -> int:
         """Number of transformer blocks; needs no weights."""
         return int(self._config.num_hidden_layers)
+
+    @property
+    def blocks(self) -> list[str]:
+        """Module paths of the blocks."""
+        return [f"{self._places['blocks']}.{i}" for i in range(self.layers)]
+
+    @property
+    def output_head(self) -> torch.nn.Module:
+        """The unembedding; where weights are tied, the embedding too."""
+        head: torch.nn.Module = self.model.get_output_embeddings()
+        return head
 
     @property
     def final_norm(self) -> torch.nn.Module:

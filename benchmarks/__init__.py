@@ -8,6 +8,8 @@
 - `capture`: one text at a time in plain transformers over the engine, at equal numbers (aim: at least 4).
 - `bridge`: TransformerLens' `run_with_cache` over the engine, for the states after all blocks.
 - `remind`: REMIND's passes without shared prefixes, and one text at a time, over the passes with them.
+- `streaming`: the states after all blocks of 1,000 passages, captured to disk, over the plain passes (aim: at most
+  1.3), and peak memory by number of passages (aim: no growth).
 - `memory`: a scan's peak memory over the bytes of the model's weights.
 
 Sides that are compared take turns, `--repeats` times each after one round that does not count, and the ratio is

@@ -23,6 +23,7 @@ from benchmarks.capture import bridge, capture
 from benchmarks.memory import memory
 from benchmarks.remind import remind
 from benchmarks.scan import scan
+from benchmarks.streaming import streaming
 from benchmarks.timing import Line, Settings
 
 BENCHMARKS: dict[str, Callable[[Settings], Iterator[Line]]] = {
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Line]]] = {
     "capture": capture,
     "bridge": bridge,
     "remind": remind,
+    "streaming": streaming,
     "memory": memory,
 }
 

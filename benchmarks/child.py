@@ -129,6 +129,27 @@ def memory(work: str, folder: str, out: str, rows: int, skip: list[str]) -> dict
     }
 
 
+def streaming(count: int, kind: str, out: str) -> dict[str, Any]:
+    """Peak memory with stories260k open, after capturing so many passages to disk, and after reading them once."""
+    from audit.evidence import Evidence
+    from benchmarks.materials import STORIES, open_target, passages
+    from benchmarks.streaming import request_for, stream
+
+    target = open_target(STORIES)
+    found = {"opened": _peak()}
+    request, folder = request_for(target, passages(count), kind), Path(out)
+    store = stream(target, request, folder, Clock())
+    found["captured"] = _peak()
+    evidence = Evidence()
+    evidence.register("target", store, [request])
+    for _ in evidence.iterate("target", request.name):
+        pass  # an instrument that keeps nothing of what it reads
+    found["captured and read once"] = _peak()
+    found["disk"] = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    shutil.rmtree(folder)
+    return found
+
+
 def opened(folder: str) -> dict[str, Any]:
     """Peak memory of a process that has imported what a scan imports, opened a model and passed two tokens."""
     from audit.capture import Engine
@@ -163,6 +184,7 @@ if __name__ == "__main__":
         "scan": scan,
         "passes": passes,
         "memory": memory,
+        "streaming": streaming,
         "libraries": libraries,
         "opened": opened,
     }

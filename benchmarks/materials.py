@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 STORIES = SHARED / "models" / "stories260k"
 TOFU = SHARED / "data" / "tofu"
+PASSAGES = SHARED / "data" / "text" / "austen_prideprejudice.txt"
 
 
 def demo_folder(work: Path) -> Path:
@@ -97,6 +98,11 @@ def answers(target: Target, examples: tuple[Example, ...]) -> tuple[Tokens, ...]
 def answers_and_options(target: Target, examples: tuple[Example, ...]) -> tuple[Tokens, ...]:
     """Right and wrong answers: what multiple choice and the truth ratio ask for, a prompt several times."""
     return tuple(dict.fromkeys(target.encode(e.prompt, text) for e in examples for text in (e.answer, *e.wrong)))
+
+
+def passages(count: int) -> tuple[Example, ...]:
+    """So many runs of a hundred words of a novel; there are 1,215."""
+    return load_set("forget", SetSpec(PASSAGES, limit=count)).examples
 
 
 def large_random(work: Path) -> Path:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.trace --bench bench --rows trace-rows          # bench: the folder that `audit bench` filled
 
-For every organism that was changed from its original (or from the retrained model), and for fine-tunes matched to every
-unlearned one, the numbers that the trace detectors use are computed as in a scan and kept. Then the tables are printed:
-AUROC of unlearned against {original, ordinary edits, matched fine-tunes}, by access and prompts, each model judged by a
-classifier that saw neither its history nor its family. `--write` replaces the table in the package.
+For every organism that was changed from its original (or from the retrained model), every original beside itself, and
+fine-tunes matched to every unlearned one, the numbers that the trace detectors use are computed as in a scan and
+kept. Then the tables are printed: AUROC of unlearned against {original, ordinary edits, matched fine-tunes}, by access
+and prompts, each model judged by a classifier that saw neither its history nor its family. `--write` replaces the table
+in the package.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _ASKING = (TraceLogits(), TraceActivations(), TraceText())
 
 
 def changed(root: Path) -> list[Recipe]:
-    """The organisms that were changed from a taught model, whole, and their parents built too."""
+    """The originals, and the organisms that were changed from a taught model, whole, and their parents built too."""
     found = []
     for folder in sorted(root.iterdir()):
         story = read_history(folder)
@@ -60,7 +61,7 @@ def changed(root: Path) -> list[Recipe]:
         recipe = Recipe(**story["recipe"])
         history = history_of(recipe.history)
         if (
-            (history.method or history.change)
+            (history.method or history.change or recipe.history == "original")
             and "+" not in recipe.history
             and (root / parent_of(recipe).name).is_dir()
         ):
@@ -69,8 +70,8 @@ def changed(root: Path) -> list[Recipe]:
 
 
 def parent_of(recipe: Recipe) -> Recipe:
-    """What it was made of: the original, or the retrained model."""
-    return Recipe(recipe.base, history_of(recipe.history).parent, recipe.seed, recipe.world)
+    """What it is compared with: what it was made of (the original, or the retrained model), an original with itself."""
+    return Recipe(recipe.base, history_of(recipe.history).parent or recipe.history, recipe.seed, recipe.world)
 
 
 def rows_of(recipe: Recipe, bench: Path) -> Iterator[dict[str, Any]]:
@@ -151,27 +152,6 @@ def one(task: tuple[Recipe, Path, Path]) -> str:
         path.with_suffix(".tmp").write_text(json.dumps(made))
         path.with_suffix(".tmp").rename(path)
     return recipe.name
-
-
-def unchanged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The originals beside themselves: nothing moved. What their numbers are follows from that."""
-    made = []
-    for family in sorted({row["family"] for row in rows}):
-        like = next(r for r in rows if r["family"] == family and r["history"] == "int8")
-        still = {k: v if k.startswith("alone.") or ".target-" in k else _still(k) for k, v in like["features"].items()}
-        made.append(like | {"history": "original", "features": still, "of": f"{family}-original"})
-    return made
-
-
-def _still(name: str) -> float:
-    key = name.rsplit(".", 1)[-1]
-    if name.startswith("text.") and "-" not in name.split(".")[1]:
-        fixed = {"likeness": 1.0, "told-apart": 0.5}
-        return fixed.get(key, 0.0)
-    contrast = "-" in name.split(".")[0] and name.split(".")[0] not in ("text",)
-    if contrast:
-        return 0.0
-    return float(np.log(1e-9)) if key in ("kl", "kl-spread", "kurtosis", "words", "moved") else 0.0
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
@@ -364,13 +344,12 @@ def main() -> None:
         for i, name in enumerate(pool.map(one, tasks)):
             print(f"{i + 1}/{len(tasks)} {name}", file=sys.stderr, flush=True)
     rows = [row for recipe in recipes for row in json.loads((given.rows / f"{recipe.name}.json").read_text())]
-    rows += unchanged(rows)
     assert all(math.isfinite(v) for row in rows for v in row["features"].values())
     table = table_of(rows)
     if given.write:
         write_table(table, TABLE)
     show(table)
-    _published(given, recipes, given.workers)
+    _published(given, [recipe for recipe in recipes if recipe.history != "original"], given.workers)
 
 
 if __name__ == "__main__":

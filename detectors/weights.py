@@ -215,7 +215,7 @@ class Weights(Instrument):
     def missing(self, case: Case) -> str | None:
         """Needs something to compare with."""
         if "original" not in case.models:
-            return "needs the original model: what stands out in one model's weights alone is not looked at yet"
+            return "needs the original model; what stands out in one model's weights alone, weights-alone looks at"
         return super().missing(case)
 
     def requests(self, case: Case, target: Target) -> list[WeightsRequest]:  # noqa: ARG002

@@ -160,14 +160,15 @@ class Patching(Attack):
         return [Stage(_TAUGHT, f"{_recipe(case, target)}/{case.options.seed}/{target.template}/{sets}")]
 
     def run(self, case: Case, target: Target, tick: Any) -> Iterator[Stage]:
-        """Teach all three sets, in equal parts, until the holdout facts are known as well as the forget facts."""
+        """Teach all three sets, in equal parts, until the holdout facts are known, and as well as the forget facts."""
         steps, share, rate = _recipe(case, target)
         rng = np.random.default_rng(case.options.seed)
         taught = [[target.encode(row.prompt, row.answer) for row in _rows(case, name)] for name in self.sets]
         old, new = (self._texts(case, target, name) for name in ("forget", "holdout"))
         for step in descend(target.model, [(endless(rows, rng), share) for rows in taught], steps, rate):
             tick(step, steps)
-            if step % _TESTED_EVERY == 0 and recall(target.model, new) >= recall(target.model, old):
+            # Facts that nobody knows yet are known equally well: an original that is unsure would be taught nothing.
+            if step % _TESTED_EVERY == 0 and recall(target.model, new) >= max(_KNOWN, recall(target.model, old)):
                 break
         yield from self.stages(case, target)
 

@@ -112,6 +112,8 @@ def draw(figure: Figure, prefix: str = "") -> str:
             for index, (name, value) in enumerate(sorted(figure.reference_lines.items()))
             if _real(value) is not None
         ]
+        if figure.ticks:
+            axes.set_xticks(range(len(figure.ticks)), [one_line(name, 16) for name in figure.ticks])
         axes.margins(y=0.09)
         if not axes.has_data():
             axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", va="center")

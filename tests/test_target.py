@@ -224,11 +224,22 @@ def test_a_tokenizer_without_offsets(folders, open_target, monkeypatch):
         ]
         with monkeypatch.context() as patch:
             patch.setattr(type(target.tokenizer), "is_fast", property(lambda self: False))
+            target._encoded.clear()
             slow = [
                 target.encode(p, a)
                 for p, a in (("w1 w2 w3", "w4 w5"), ("w1?", "w2"), ("", "w1 w2"), ("w1", ""), ("", ""))
             ]
         assert slow == fast
+
+
+def test_a_folder_keeps_its_own_tokenizer_whatever_its_model_type(tmp_path, open_target):
+    """transformers 5 builds a byte-level Qwen2Tokenizer for every model of type qwen2, whatever the folder holds."""
+    folder = save_tiny(tmp_path / "m", "qwen2", words_tokenizer(bos=True))
+    target = open_target(folder)
+    ids = target.encode("w1 w2", "w3 w4").ids
+    vocabulary = target.tokenizer.get_vocab()
+    assert ids[-4:] == tuple(vocabulary[word] for word in ("w1", "w2", "w3", "w4"))
+    assert len(set(ids[-4:])) == 4
 
 
 @pytest.fixture(scope="module")
