@@ -27,7 +27,7 @@ from audit.evidence import Evidence
 from audit.instrument import Access, Attack, Stage
 from audit.loaders import Example
 from audit.plan import Request
-from audit.record import Control, Finding, Question
+from audit.record import Control, Finding, Question, Side
 from audit.statistics import two_sample
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ class Altering(Attack):
         finding = against_never_taught(
             self, case, evidence, self.statistic, score, columns=(self.name, names), rows=rows, roles=roles
         )
+        # Rows that an alteration makes worse were hidden by an edit, or hang on small weights: no reason for alarm.
+        finding = finding.model_copy(update={"sides": (Side.REMAINS, Side.NEITHER)})
         chosen = names.index(finding.layer) if finding.layer in names else 0
 
         def gain(name: str) -> Floats:

@@ -128,7 +128,7 @@ class Facts:
         avoids: evidence that right answers are avoided, which only a model that knows them can do.
         edited: evidence that the forget set is less likely than something never taught: an edit of the output.
         lagging: evidence that the model relearns the forget set worse than new facts.
-        keeps_pace: every attack showed that it goes no worse on the forget set than on new facts.
+        keeps_pace: every attack that teaches showed that it goes no worse on the forget set than on new facts.
         open_share: of what a taught model shows in its output, the median share the target shows.
         gaps: why silence would not be enough for `deleted`.
     """
@@ -148,7 +148,7 @@ def gather(findings: Sequence[Finding], not_run: Sequence[NotRun] = ()) -> Facts
     seen = [f for f in findings if f.verdict == Outcome.EVIDENCE]
     left = [f for f in seen if f.side == Side.REMAINS]
     pushed = [f for f in seen if f.side == Side.BEYOND]
-    attacked = [f for f in findings if f.question == Question.RECOVERY]
+    paced = [f for f in findings if f.question == Question.RECOVERY and f.sides[1] == Side.BEYOND]
     gaps = [
         f"{n.instrument} failed, and what it would have seen is not known ({n.reason})"
         for n in not_run
@@ -169,7 +169,7 @@ def gather(findings: Sequence[Finding], not_run: Sequence[NotRun] = ()) -> Facts
         avoids=[f for f in pushed if f.question != Question.RECOVERY and _decides(f)],
         edited=[f for f in pushed if f.question != Question.RECOVERY and not _decides(f)],
         lagging=[f for f in pushed if f.question == Question.RECOVERY],
-        keeps_pace=bool(attacked) and all(map(_keeps_pace, attacked)),
+        keeps_pace=bool(paced) and all(map(_keeps_pace, paced)),
         open_share=_open_share(findings),
         gaps=gaps,
     )
@@ -181,9 +181,9 @@ def _decides(finding: Finding) -> bool:
 
 
 def _keeps_pace(finding: Finding) -> bool:
-    """Does an attack's interval exclude that the forget set lags behind new facts by the threshold?"""
+    """Does the interval exclude that the forget set lags behind new facts by the threshold?"""
     lo = finding.ci95[0]
-    return finding.sides[1] == Side.BEYOND and lo is not None and finding.null_value - lo < finding.threshold
+    return lo is not None and finding.null_value - lo < finding.threshold
 
 
 def _open_share(findings: Sequence[Finding]) -> float | None:

@@ -7,12 +7,14 @@ import sys
 from itertools import product
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from audit.bench import pool
 from audit.bench.fit import FLOOR, MARGIN, fit, held_out, label_of, thresholds
+from audit.bench.hidden import hidden_lines, together
 from audit.bench.rows import Row, read_rows, run, write_rows
 from audit.bench.tables import alike, tables, truth
 from audit.bench.text import markdown
@@ -97,6 +99,24 @@ def test_truth_is_what_was_done():
     assert truth(row("deleted", 0, method="refusal-head"), Question.TRACE) is None
     assert truth(row("changed", 0), Question.TRACE) is False
     assert truth(row("deleted", 0), Question.UTILITY) is None
+
+
+def test_what_is_hidden_is_ranked_by_history_and_judged_by_other_families():
+    rows = benched()
+    lines = hidden_lines(rows)
+    assert [line.statistic for line in lines] == ["lens/choice", "relearn/pace", "", "", ""]
+    assert all(line.by_history["hidden"].estimate == 1.0 and line.by_history["hidden"].n == 4 for line in lines)
+    both = lines[-1]
+    assert both.found.estimate == 1.0 and both.false_positives.estimate == 0.0 and both.false_positives.n == 8
+    # Joint scores: effects of 0.3 and 0.03 in units of a threshold of 0.1, over 0.9 of the others' way from 0.1 to 0.3.
+    joint = together([r for r in rows if r.label in ("suppressed", "deleted")], ["lens/choice"], "llama-0")
+    others = np.quantile([0.1, 0.3] * 3, 0.9)
+    assert joint["llama-hidden-0"] == pytest.approx(3.0 / others)
+    # One family's never-taught model that stands out is a false alarm there, and raises the others' threshold.
+    odd = [row("deleted", 0.2, history="retrained") if r.name == "llama-retrained-0" else r for r in rows]
+    judged = hidden_lines(odd)[-1]
+    assert judged.false_positives.estimate == pytest.approx(1 / 8)
+    assert judged.found.estimate == pytest.approx(4 / 4)
 
 
 def test_faithfulness_is_the_share_of_pairs_in_the_right_order():

@@ -20,7 +20,7 @@ from worlds import REPO, build_tiny, environment, quiet_scan, scan_tiny, small_c
 from audit.capture import Engine
 from audit.case import Case, Options, read_case
 from audit.errors import Incomplete, Refused
-from audit.instrument import names
+from audit.instrument import load, names
 from audit.loaders import SetSpec
 from audit.record import Label, Outcome, Question, Record, Side
 
@@ -63,8 +63,10 @@ def no_passes(monkeypatch) -> None:
 def test_the_record_of_the_tiny_world():
     scanned = scan_tiny()
     record = scanned.record
-    assert record.not_run == []
-    assert {f.instrument for f in record.findings} == set(names())
+    [deep] = record.not_run  # two blocks are too few for it
+    assert (deep.instrument, deep.failed) == ("weights-alone", False)
+    running = {name for name in names() if load(name).modality != "image"} - {"weights-alone"}
+    assert {f.instrument for f in record.findings} == running
     assert list(record.models) == ["target", "original", "retrained"]
     assert set(record.case.sets) == {"forget", "retain", "holdout", "utility"}
     assert all(s.count == 72 and s.entities == 12 for n, s in record.case.sets.items() if n != "utility")
@@ -76,7 +78,7 @@ def test_the_record_of_the_tiny_world():
     assert sum(row.generated is not None for row in record.examples) == 36, "six people's answers, by this budget"
     assert record.cost.forward_tokens >= record.cost.unique_tokens > 0
     assert record.cost.reused_tokens < 0.05 * record.cost.unique_tokens, "no more than what an attack recorded itself"
-    assert set(record.cost.by_instrument) == set(names())
+    assert set(record.cost.by_instrument) >= running
     assert Record.read(scanned.out).comparable() == record.comparable()
     # The unlearned model hides what it knows: the lens, at least, must see it.
     lens = next(f for f in record.findings if f.id == "lens/choice")

@@ -103,7 +103,9 @@ def bench(
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
     histories: Annotated[str | None, typer.Option(help="comma-separated; all if not given")] = None,
     world: Annotated[str, typer.Option(help="people, or a data set with entities and wrong answers")] = "people",
-    budget: Annotated[str, typer.Option(help="of each scan: quick, standard or thorough")] = "standard",
+    budget: Annotated[
+        str | None, typer.Option(help="of each scan: quick, standard or thorough; standard, or quick with --quick")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="processes, of one thread each")] = 2,
     only: Annotated[str | None, typer.Option(help="comma-separated instruments; all if not given")] = None,
     rows: Annotated[Path | None, typer.Option(help="tables of kept rows; builds and scans nothing")] = None,
@@ -113,6 +115,7 @@ def bench(
     """Measure every instrument, and the verdict, on models of known history."""
     from audit.bench import pool
     from audit.bench.fit import held_out
+    from audit.bench.hidden import hidden_lines
     from audit.bench.rows import read_rows, run, usable, write_rows
     from audit.bench.tables import tables
     from audit.bench.text import markdown
@@ -126,14 +129,17 @@ def bench(
             _check_histories(chosen)
             wanted = [recipe for recipe in wanted if recipe.history in chosen]
         with bars() as progress, progress.step(f"bench of {len(wanted)} organisms", len(wanted)) as tick:
-            found = run(wanted, root, budget=budget, workers=workers, only=_instruments(only), told=_told(tick))
+            scanned = budget or ("quick" if quick else "standard")
+            found = run(wanted, root, budget=scanned, workers=workers, only=_instruments(only), told=_told(tick))
     if keep is not None:
         write_rows(found, keep)
     # Thresholds can be fitted on others only where there are others.
     several = len({(row.family, row.seed) for row in usable(found)}) > 1
     made = tables(found, held_out(found)) if several else tables(found)
     judged_by = "thresholds fitted on other organisms" if several else "nominal thresholds"
-    sys.stdout.write(made.model_dump_json(indent=2) + "\n" if as_json else markdown(made, judged_by))
+    hidden = hidden_lines(found)
+    data = made.model_dump(mode="json") | {"hidden": [line.model_dump(mode="json") for line in hidden]}
+    sys.stdout.write(json.dumps(data, indent=2) + "\n" if as_json else markdown(made, judged_by, hidden))
 
 
 def _instruments(text: str | None) -> list[str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from audit.bench.hidden import HiddenLine
 from audit.bench.tables import InstrumentLine, Rate, Tables
 from audit.record import Label
 
 
-def markdown(tables: Tables, judged_by: str = "nominal thresholds") -> str:
-    """Both tables, and by what the verdicts were made."""
+def markdown(tables: Tables, judged_by: str = "nominal thresholds", hidden: Sequence[HiddenLine] = ()) -> str:
+    """The tables, and by what the verdicts were made."""
     parts = [_pool(tables), _instruments(tables.instruments), _verdicts(tables, judged_by)]
+    if hidden:
+        parts.append(_hidden(hidden))
     return "\n\n".join(parts) + "\n"
 
 
@@ -62,6 +65,23 @@ def _verdicts(tables: Tables, judged_by: str) -> str:
             "guard", tables.text_access
         )
     return said
+
+
+def _hidden(lines: Sequence[HiddenLine]) -> str:
+    histories = sorted({history for line in lines for history in line.by_history})
+    rows = [
+        (
+            line.statistic or f"**{line.question}, together**",
+            *(_number(rate.estimate) if (rate := line.by_history.get(history)) else "–" for history in histories),
+            _percent(line.found),
+            _percent(line.false_positives),
+        )
+        for line in lines
+    ]
+    said = (
+        "## Hidden by construction\n\nArea under the ROC curve: models suppressed in one way against all never-taught."
+    )
+    return f"{said}\n\n" + _table(("statistic", *histories, "found", "false positives"), rows)
 
 
 def _counts(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:
