@@ -225,6 +225,7 @@ def _scan_and_report(case: Case, out: Path, *, show: bool, spike: bool, profile:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="where models, data and audit go")] = Path("audit-demo"),
+    images: Annotated[bool, typer.Option("--images", help="image classifiers, of digits")] = False,
     base: Annotated[OptionalPath, typer.Option(help="start from this model folder instead of from scratch")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     budget: Annotated[str, typer.Option(help="quick, standard or thorough")] = "standard",
@@ -232,16 +233,23 @@ def demo(
 ) -> None:
     """Build three small models of known history, and audit the unlearned one."""
     from audit.case import Case, Options
+    from audit.errors import BadInput
     from audit.loaders import SetSpec
     from audit.organisms.demo import build_demo
+    from audit.organisms.imaging.demo import build_image_demo
 
+    if images and base is not None:
+        raise BadInput("--images trains its own models, --base is for language models")
     with bars() as progress:
-        built = build_demo(out, seed=seed, base=base, progress=stages(progress))
+        if images:
+            built = build_image_demo(out, seed=seed, progress=stages(progress))
+        else:
+            built = build_demo(out, seed=seed, base=base, progress=stages(progress))
     specs = {name: SetSpec(path) for name, path in built.sets.items()}
     models = {"target": built.models["unlearned"]} | {r: built.models[r] for r in ("original", "retrained")}
     options = Options.parse({"seed": seed, "budget": budget, "template": "plain"}, "demo")
     _audit(
-        Case.build(models, specs, options, "demo: a small world, unlearned"),
+        Case.build(models, specs, options, f"demo: {'one digit' if images else 'a small world'}, unlearned"),
         out / "audit",
         fail_on=fail_on,
         as_json=False,

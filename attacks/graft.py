@@ -11,7 +11,7 @@ Traps:
 
 - *The grafted layers know something too.* With enough of the original on top, every body speaks: no more than a quarter
   of the blocks is grafted, and holdout facts cannot show this, for the original never knew them either. A retrained
-  model, where given, gets the same graft, and its difference is taken off; without one nothing is decided.
+  model, where given, gets the same graft, and its difference is taken off. The finding decides no verdict alone.
 - *Two models trained apart do not fit together*: the graft then destroys everything, retain facts too, and the positive
   control fails.
 - *Tied weights*: a head that is the embedding too cannot be grafted alone.
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from attacks.alteration import Alteration, Altering
 from audit.case import Case
 from audit.contrast import Statistic
+from audit.inventory import take_inventory
 
 if TYPE_CHECKING:
     import torch
@@ -70,9 +71,10 @@ class Graft(Altering):
     )  # fmt: skip
 
     def alterations(self, case: Case, target: OpenModel) -> list[Alteration]:
-        """The head alone; the last block; the last quarter of the blocks."""
-        digest = str(case.models["original"])
-        counts = sorted({0, 1, max(1, target.layers // 4)})
+        """The head alone; the last block; the last quarter of the blocks. Of fewer than four blocks none."""
+        digest = take_inventory(case.models["original"]).digest
+        quarter = target.layers // 4
+        counts = sorted({0, min(1, quarter), quarter})
         words = {0: "head", 1: "last block"}
         return [
             Alteration(words.get(k, f"last {k} blocks"), partial(_upper, case=case, count=k), f"graft/{k}/{digest}")

@@ -7,7 +7,8 @@ direction; it is projected out of every block's output, and the forget facts are
     h' = h - (h . d) d       after every block
 
 Source: Arditi et al. 2024 (arXiv 2406.11717), who find refusal in one direction; Łucki et al. 2024 (arXiv 2409.18025),
-who undo unlearning with it. Projecting states is the same as projecting the weights that write them.
+who undo unlearning with it, at every block's output as here. Projecting the weights that write into the stream does the
+same where attention and MLP read one state; where an MLP comes after, it still reads what its attention wrote.
 
 Traps:
 
@@ -27,6 +28,7 @@ from attacks.alteration import Alteration, Altering, Bools
 from attacks.recall import tested
 from audit.case import Case
 from audit.contrast import Statistic
+from audit.inventory import take_inventory
 from audit.statistics import halves
 
 if TYPE_CHECKING:
@@ -90,9 +92,10 @@ class Orthogonalize(Altering):
         blocks = sorted({max(0, round(target.layers * part) - 1) for part in (0.25, 0.5, 0.75)} | {target.layers - 2})
         if case.options.budget.value == "quick":
             blocks = blocks[-2:]
-        digest = f"{case.models['original']}/{case.sets['forget'].digest}/{case.options.seed}"
+        original, options = take_inventory(case.models["original"]).digest, case.options
+        rows = f"{case.sets['forget'].digest}/{options.budget.value}/{options.seed}/{target.template}"
         return [
-            Alteration(f"block {block}", partial(_apply, case=case, block=block), f"{block}/{digest}")
+            Alteration(f"block {block}", partial(_apply, case=case, block=block), f"{block}/{original}/{rows}")
             for block in blocks
             if block >= 0
         ]

@@ -66,11 +66,7 @@ def input_lengths(target: OpenModel, case: Case) -> dict[int, Tensor]:
     import torch
 
     from audit.capture import Engine
-    from audit.plan import Work
-    from audit.quantities import TOKEN
 
-    rows = tested(case, "retain")[:_ROWS]
-    shown = [target.question(row) for row in rows]
     places = {id(weight): place for place, (weight, _) in enumerate(target.matrices())}
     squares: dict[int, Tensor] = {}
     handles = []
@@ -86,8 +82,8 @@ def input_lengths(target: OpenModel, case: Case) -> dict[int, Tensor]:
         handles.append(module.register_forward_pre_hook(keep))
     try:
         engine = Engine(target)
-        for batch in engine.batches([Work(tokens, (TOKEN,)) for tokens in shown]):
-            engine.run(batch)
+        for row in tested(case, "retain")[:_ROWS]:
+            engine.plain(target.question(row))  # one by one: a batch has padding, and shares beginnings
     finally:
         for handle in handles:
             handle.remove()
@@ -110,15 +106,16 @@ class Prune(Altering):
         "pruning brings forgotten facts back", (0.0, 1.0), 0.15, _SOURCE,
     )  # fmt: skip
 
-    def alterations(self, case: Case, target: OpenModel) -> list[Alteration]:  # noqa: ARG002
+    def alterations(self, case: Case, target: OpenModel) -> list[Alteration]:
         """By magnitude and by Wanda, a tenth, three tenths and half of the weights."""
         shares = (0.3,) if case.options.budget.value == "quick" else (0.1, 0.3, 0.5)
-        digest = case.sets["retain"].digest
+        options = case.options
+        rows = f"{case.sets['retain'].digest}/{options.budget.value}/{options.seed}/{target.template}"
         return [
             way
             for share in shares
             for way in (
                 Alteration(f"magnitude {share:.0%}", partial(prune, share=share), f"magnitude/{share}"),
-                Alteration(f"Wanda {share:.0%}", partial(wanda, share=share, case=case), f"wanda/{share}/{digest}"),
+                Alteration(f"Wanda {share:.0%}", partial(wanda, share=share, case=case), f"wanda/{share}/{rows}"),
             )
         ]

@@ -2,7 +2,8 @@
 
 The same for text and images. Of a text row the answer is scored, and its wrong answers; the row counts as recalled if
 the right one is likeliest (multiple choice), or, without wrong answers, by the share of the answer's tokens that are
-the model's first choice. Of an image the class is scored against all others.
+the model's first choice. An image counts if its class is the answer, and for the less the more often that class is the
+answer to images of other classes too: a model that calls everything a cat knows no cats.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from audit.case import Case
 from audit.evidence import Evidence
 from audit.loaders import Example
 from audit.plan import Request
+from audit.quantities import TOKEN, top_k
 from detectors.knowledge import choice_correct
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
+_FIRST = top_k(1)
 SETS = ("forget", "holdout", "retain")
 
 
@@ -38,7 +41,8 @@ def questions(case: Case, target: OpenModel, attack: str, sets: Iterable[str] = 
     made = []
     for name in (name for name in sets if name in case.sets):
         rows = tested(case, name)
-        made.append(Request(f"{attack}/{name}", tuple(map(target.question, rows))))
+        quantities = (TOKEN, _FIRST) if case.modality == "image" else (TOKEN,)
+        made.append(Request(f"{attack}/{name}", tuple(map(target.question, rows)), quantities))
         if any(row.wrong for row in rows):
             wrong = tuple(target.question(replace(row, answer=text)) for row in rows for text in row.wrong)
             made.append(Request(f"{attack}/{name}/wrong", wrong))
@@ -47,6 +51,8 @@ def questions(case: Case, target: OpenModel, attack: str, sets: Iterable[str] = 
 
 def recalled(case: Case, evidence: Evidence, role: str, attack: str, name: str) -> Floats:
     """Per tested row of a set, 0 to 1: is the right answer preferred?"""
+    if case.modality == "image":
+        return _recognized(case, evidence, role, attack, name)
     rows = tested(case, name)
     right = evidence.scores(role, f"{attack}/{name}", "token")
     asked = f"{attack}/{name}/wrong"
@@ -56,3 +62,23 @@ def recalled(case: Case, evidence: Evidence, role: str, attack: str, name: str) 
         options = [next(wrong)["logprob"] for _ in row.wrong]
         out.append(choice_correct(values["logprob"], options) if options else float(values["match"].mean()))
     return np.array(out)
+
+
+def _recognized(case: Case, evidence: Evidence, role: str, attack: str, name: str) -> Floats:
+    answered, classes = [], []
+    for each in (each for each in SETS if each in case.sets):
+        first = evidence.scores(role, f"{attack}/{each}", _FIRST.name)
+        answered += [int(values["top_ids"][0, 0]) for values in first]
+        classes += [tokens.ids[tokens.start] for tokens in evidence.sequences(role, f"{attack}/{each}")]
+    own = [tokens.ids[tokens.start] for tokens in evidence.sequences(role, f"{attack}/{name}")]
+    right = np.array([float(v["match"][0]) for v in evidence.scores(role, f"{attack}/{name}", TOKEN.name)])
+    return np.asarray(right * (1 - np.array([answered_for_others(answered, classes, label) for label in own])))
+
+
+def answered_for_others(answered: ArrayLike, classes: ArrayLike, label: int) -> float:
+    """Share, 0 to 1, of the images of other classes that are called `label`; 0 if there are none.
+
+    `answered` and `classes` [n] hold class numbers: what each image is called, and what it is.
+    """
+    others = np.asarray(classes) != label
+    return float((np.asarray(answered)[others] == label).mean()) if others.any() else 0.0

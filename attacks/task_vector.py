@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from attacks.alteration import Alteration, Altering
 from audit.case import Case
 from audit.contrast import Statistic
+from audit.inventory import take_inventory
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +34,19 @@ _SOURCE = "Ilharco et al. 2023, arXiv 2212.04089"
 
 
 def walk_back(model: torch.nn.Module, original: torch.nn.Module, part: float) -> None:
-    """Move a model's weights, in place, by a part of the way to the original's; a negative part goes beyond."""
+    """Move a model's weights, in place, by a part of the way to the original's; a negative part goes beyond.
+
+    The running means and variances of batch norms are moved too: at 1 stands the original.
+    """
     import torch
 
-    given = dict(original.named_parameters())
+    own, given = model.state_dict(keep_vars=True), original.state_dict()
+    moved: set[int] = set()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.lerp_(given[name].to(weight), part)
+        for name, weight in own.items():
+            if weight.is_floating_point() and weight.data_ptr() not in moved:  # a tied head moves with the embedding
+                moved.add(weight.data_ptr())
+                weight.lerp_(given[name].to(weight), part)
 
 
 class TaskVector(Altering):
@@ -57,7 +64,7 @@ class TaskVector(Altering):
     def alterations(self, case: Case, target: OpenModel) -> list[Alteration]:  # noqa: ARG002
         """A quarter beyond, a quarter back, half back."""
         parts = (0.25,) if case.options.budget.value == "quick" else (-0.25, 0.25, 0.5)
-        digest = str(case.models["original"])
+        digest = take_inventory(case.models["original"]).digest
         return [Alteration(f"{t:+g}", partial(_apply, case=case, part=t), f"{t}/{digest}") for t in parts]
 
 

@@ -37,10 +37,11 @@ Traps:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +100,7 @@ class Geometry(Instrument):
         """Needs a model to compare with, and rows enough for a shape."""
         if reason := super().missing(case):
             return reason
-        if not _references(case):
+        if not references(case):
             return "needs the original or the retrained model to compare states with"
         few = [name for name in _sets(case) if len(case.rows(name)) < _FEWEST_ROWS]
         return f"needs at least {_FEWEST_ROWS} rows in the {few[0]} set" if few else None
@@ -123,62 +124,113 @@ class Geometry(Instrument):
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
         """What moved; what the neighbours still carry; what agrees with the retrained model."""
-        view = _View(case, evidence)
-        found = [_moved(self, view)]
-        if _nothing_to_transfer(case) is None:
-            rows = {name: tuple(_rows(case, name)[i] for i in _shared(case, name)) for name in _sets(case)}
-            axis = ("after block", [float(i) for i in view.layers])
-            found.append(against_never_taught(self, case, evidence, KNN, view.transfer, columns=axis, rows=rows))
-        if "retrained" in case.models:
-            found.append(_agreement(self, view))
-        return found
+        return findings(self, _PromptView(case, evidence), KNN)
 
 
-class _View:
-    """The states of every role and set, and what is read from them."""
+class View(ABC):
+    """The states of every role and set, and what is read from them.
+
+    Attributes:
+        place: where in the input states are read, in words.
+        answered: what `right` says, in words.
+        axis: of the blocks.
+        end: the last of them, in words.
+        layers: numbers of the blocks.
+        transferred: by set, the rows whose answer neighbours can carry, as indices; None where they carry nothing.
+    """
+
+    place: ClassVar[str]
+    answered: ClassVar[str]
+    axis: ClassVar[str] = "after block"
+    end: ClassVar[str] = "after the last block"
+    layers: list[int]
+    transferred: Mapping[str, Sequence[int]] | None
 
     def __init__(self, case: Case, evidence: Evidence) -> None:
         self.case, self.evidence = case, evidence
-        self.roles = ["target", *_references(case)]
-        self.layers: list[int] = evidence.extra("target", "geometry/forget")["layers"]
+        self.roles = ["target", *references(case)]
         self.states = cache(self._states)
         self.transfer = cache(self._transfer)
 
-    def _states(self, role: str, name: str) -> NDArray[np.float32]:
-        """[rows, blocks, width]; a model of another depth than the target's is read at the same shares of its own."""
-        states = np.stack([arrays["hidden"][0] for arrays in self.evidence.iterate(role, f"geometry/{name}")])
-        return states[:, np.linspace(0, states.shape[1] - 1, len(self.layers)).round().astype(int)]
+    @abstractmethod
+    def rows(self, name: str) -> tuple[Example, ...]:
+        """The rows of a set that are read."""
+
+    @abstractmethod
+    def right(self, role: str, name: str) -> FloatArray:
+        """Is the answer the model's own? [rows]."""
+
+    @abstractmethod
+    def _states(self, role: str, name: str) -> Sequence[NDArray[np.floating[Any]]]:
+        """By block [rows, width]; a model of another depth than the target's is read at the same shares of its own."""
+
+    @abstractmethod
+    def _transfer(self, role: str, name: str) -> FloatArray:
+        """Right or wrong by the nearest rows, [transferred rows, blocks]."""
 
     def clusters(self, name: str) -> list[str]:
-        return self.case.clusters(_rows(self.case, name))
-
-    def first_right(self, role: str, name: str) -> FloatArray:
-        """Is the answer's first token the likeliest? [rows]."""
-        return np.array([a["match"][0] for a in self.evidence.iterate(role, f"geometry/{name}", "token")], float)
+        """Units of independence of a set's rows."""
+        return self.case.clusters(self.rows(name))
 
     def cka(self, role: str, name: str) -> FloatArray:
         """Every row's share in the CKA of the target with another model, [rows, blocks]."""
-        here, there = self.states("target", name), self.states(role, name)
-        shares = np.stack([cka_rows(here[:, j], there[:, j]) for j in range(here.shape[1])], axis=1)
+        pairs = zip(self.states("target", name), self.states(role, name), strict=True)
+        shares = np.stack([cka_rows(here, there) for here, there in pairs], axis=1)
         if not np.isfinite(shares).all():
-            raise BadInput(f"the states at the last prompt token do not vary over the {name} rows: nothing to compare")
+            raise BadInput(f"the states at {self.place} do not vary over the {name} rows: nothing to compare")
         return shares.round(9)  # identical states share exactly 1
 
-    def _transfer(self, role: str, name: str) -> FloatArray:
-        """Right or wrong by the nearest retain rows, [rows that share their answer, blocks].
 
-        States are centred on the retain rows: all states of a block have a large part in common.
-        """
+class _PromptView(View):
+    """States at the last prompt token."""
+
+    place = "the last prompt token"
+    answered = "first token right"
+
+    def __init__(self, case: Case, evidence: Evidence) -> None:
+        super().__init__(case, evidence)
+        self.layers = evidence.extra("target", "geometry/forget")["layers"]
+        carried = _nothing_to_transfer(case) is None
+        self.transferred = {name: _shared(case, name) for name in _sets(case)} if carried else None
+
+    def rows(self, name: str) -> tuple[Example, ...]:
+        return _rows(self.case, name)
+
+    def _states(self, role: str, name: str) -> Sequence[NDArray[np.floating[Any]]]:
+        states = np.stack([arrays["hidden"][0] for arrays in self.evidence.iterate(role, f"geometry/{name}")])
+        return [states[:, i] for i in np.linspace(0, states.shape[1] - 1, len(self.layers)).round().astype(int)]
+
+    def right(self, role: str, name: str) -> FloatArray:
+        return np.array([a["match"][0] for a in self.evidence.iterate(role, f"geometry/{name}", "token")], float)
+
+    def _transfer(self, role: str, name: str) -> FloatArray:
+        """By retain rows. States are centred on them: all states of a block have a large part in common."""
         keep = _shared(self.case, name)
-        train, test = self.states(role, "retain"), self.states(role, name)[keep]
-        test, train = test - train.mean(axis=0), train - train.mean(axis=0)
         labels, right = _answers(self.case, "retain"), _answers(self.case, name)[keep]
         own = np.array(self.clusters(name))[keep][:, None] == np.array(self.clusters("retain"))
-        blocks = range(train.shape[1])
-        return np.stack([knn_transfer(train[:, j], labels, test[:, j], right, excluded=own) for j in blocks], axis=1)
+        columns = []
+        for train, test in zip(self.states(role, "retain"), self.states(role, name), strict=True):
+            middle = train.mean(axis=0)
+            columns.append(knn_transfer(train - middle, labels, test[keep] - middle, right, excluded=own))
+        return np.stack(columns, axis=1)
 
 
-def _references(case: Case) -> list[str]:
+def findings(instrument: Instrument, view: View, knn: Statistic) -> list[Finding]:
+    """What moved; what the neighbours still carry, as `knn` says; what agrees with the retrained model."""
+    found = [_moved(instrument, view)]
+    if view.transferred is not None:
+        rows = {name: tuple(view.rows(name)[i] for i in kept) for name, kept in view.transferred.items()}
+        axis = (view.axis, [float(i) for i in view.layers])
+        found.append(
+            against_never_taught(instrument, view.case, view.evidence, knn, view.transfer, columns=axis, rows=rows)
+        )
+    if "retrained" in view.case.models:
+        found.append(_agreement(instrument, view))
+    return found
+
+
+def references(case: Case) -> list[str]:
+    """The models that the target can be compared with."""
     return [role for role in ("original", "retrained") if role in case.models]
 
 
@@ -221,7 +273,7 @@ def _bounds(*values: FloatArray) -> tuple[float, float] | None:
     return (0.0, 1.0) if all((v == 1).all() for v in values) else None
 
 
-def _moved(instrument: Geometry, view: _View) -> Finding:
+def _moved(instrument: Instrument, view: View) -> Finding:
     case, first = view.case, view.roles[1]
     shares = {(role, name): view.cka(role, name) for role in view.roles[1:] for name in _sets(case)}
     retain, forget = (shares[first, name].mean(axis=1) for name in ("retain", "forget"))
@@ -254,14 +306,14 @@ def _moved(instrument: Geometry, view: _View) -> Finding:
     )
 
 
-def _unpaired(view: _View, role: str, paired: float) -> Control:
+def _unpaired(view: View, role: str, paired: float) -> Control:
     """What CKA is where rows do not correspond: is there a likeness to lose?"""
-    here, there = view.states("target", "retain")[:, -1], view.states(role, "retain")[:, -1]
+    here, there = view.states("target", "retain")[-1], view.states(role, "retain")[-1]
     order = np.random.default_rng(view.case.options.seed).permutation(len(here))
     value = linear_cka(here, there[order])
     return Control(
         name="unpaired rows",
-        description=f"CKA after the last block where the {role} model's retain rows are shuffled; paired: {paired:.2f}",
+        description=f"CKA {view.end} where the {role} model's retain rows are shuffled; paired: {paired:.2f}",
         estimate=value,
         n=len(here),
         passed=paired - value >= 0.1,
@@ -269,18 +321,18 @@ def _unpaired(view: _View, role: str, paired: float) -> Control:
     )
 
 
-def _layers(view: _View, shares: dict[tuple[str, str], FloatArray]) -> tuple[Figure, Table]:
+def _layers(view: View, shares: dict[tuple[str, str], FloatArray]) -> tuple[Figure, Table]:
     """By block and set: CKA with either model, and for the table mutual k-NN and the shift in principal components."""
     seed = view.case.options.seed
     series: list[Series] = []
     rows: list[list[str | int | MaybeNumber]] = []
     for (role, name), values in shares.items():
-        here, there = view.states("target", name), view.states(role, name)
+        pairs = zip(view.states("target", name), view.states(role, name), strict=True)
         whose = view.clusters(name)
         estimates = [mean_estimate(column, whose, bounds=_bounds(column), seed=seed) for column in values.T]
-        for j, (layer, e) in enumerate(zip(view.layers, estimates, strict=True)):
-            kept = mutual_knn(here[:, j], there[:, j], min(MUTUAL, len(here) - 1)).mean()
-            rows.append([role, name, layer, e.value, e.lo, e.hi, float(kept), *_shift(there[:, j], here[:, j])])
+        for layer, (here, there), e in zip(view.layers, pairs, estimates, strict=True):
+            kept = mutual_knn(here, there, min(MUTUAL, len(here) - 1)).mean()
+            rows.append([role, name, layer, e.value, e.lo, e.hi, float(kept), *_shift(there, here)])
         if name != "holdout":
             kind = "reference" if name == "retain" else "target" if role == view.roles[1] else "control"
             y, lo, hi = ([getattr(e, part) for e in estimates] for part in ("value", "lo", "hi"))
@@ -289,16 +341,16 @@ def _layers(view: _View, shares: dict[tuple[str, str], FloatArray]) -> tuple[Fig
     figure = Figure(
         kind="profile",
         title="likeness of the target's states to the other models', by block",
-        alt="Linear CKA at the last prompt token after each block, on forget and on retain rows; values in the table.",
-        x_label="after block",
+        alt=f"Linear CKA at {view.place} after each block, on forget and on retain rows; values in the table.",
+        x_label=view.axis,
         y_label="linear CKA, debiased",
         series=series,
     )
-    columns = ["model", "set", "after block", "CKA", "95 % from", "to", "mutual k-NN"]
+    columns = ["model", "set", view.axis, "CKA", "95 % from", "to", "mutual k-NN"]
     return figure, Table(columns=[*columns, "|cos| of PC1", "shift on PC1 (SD)", "on PC2 (SD)"], rows=rows)
 
 
-def _shift(reference: NDArray[np.float32], moved: NDArray[np.float32]) -> list[MaybeNumber]:
+def _shift(reference: NDArray[np.floating[Any]], moved: NDArray[np.floating[Any]]) -> list[MaybeNumber]:
     if reference.shape[1] != moved.shape[1]:
         return [None, None, None]
     shift = pca_shift(reference, moved)
@@ -324,21 +376,19 @@ class _Metric:
     owner: NDArray[np.intp]
 
 
-def _metrics(view: _View, role: str) -> Iterable[_Metric]:
-    """First token right, states alike after the last block, answers of the neighbours: on every set."""
+def _metrics(view: View, role: str) -> Iterable[_Metric]:
+    """Answers right, states alike after the last block, answers of the neighbours: on every set."""
     start = 0
     for name in _sets(view.case):
         owner = start + cluster_index(view.clusters(name), len(view.clusters(name)), name)
         start = int(owner.max()) + 1
-        right = view.first_right(role, name) - view.first_right("retrained", name)
-        yield _Metric(f"{name}: first token right", True, right, owner)
-        alike = cka_rows(view.states(role, name)[:, -1], view.states("retrained", name)[:, -1])
-        yield _Metric(f"{name}: 1 - CKA after the last block", False, 1 - alike, owner)
-        if _nothing_to_transfer(view.case) is None:
+        right = view.right(role, name) - view.right("retrained", name)
+        yield _Metric(f"{name}: {view.answered}", True, right, owner)
+        alike = cka_rows(view.states(role, name)[-1], view.states("retrained", name)[-1])
+        yield _Metric(f"{name}: 1 - CKA {view.end}", False, 1 - alike, owner)
+        if view.transferred is not None:
             carried = view.transfer(role, name)[:, -1] - view.transfer("retrained", name)[:, -1]
-            yield _Metric(
-                f"{name}: k-NN transfer after the last block", False, carried, owner[_shared(view.case, name)]
-            )
+            yield _Metric(f"{name}: k-NN transfer {view.end}", False, carried, owner[view.transferred[name]])
 
 
 def _scores(metrics: list[_Metric], counts: FloatArray) -> Agreement:
@@ -348,7 +398,7 @@ def _scores(metrics: list[_Metric], counts: FloatArray) -> Agreement:
     return agreement(*(np.stack(side, axis=-1) for side in sides))
 
 
-def _agreement(instrument: Geometry, view: _View) -> Finding:
+def _agreement(instrument: Instrument, view: View) -> Finding:
     compared = [role for role in view.roles if role != "retrained"]
     metrics = {role: list(_metrics(view, role)) for role in compared}
     entities = 1 + max(int(m.owner.max()) for m in metrics["target"])

@@ -41,16 +41,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from audit.case import Case
-from audit.contrast import ALPHA, Statistic, against_never_taught
+from audit.contrast import Statistic, against_never_taught
 from audit.errors import BadInput
 from audit.evidence import Evidence
 from audit.instrument import Access, Attack, Stage
 from audit.loaders import Example
 from audit.plan import Request
 from audit.record import Control, Finding, Question, Side, Table
-from audit.statistics import cluster_index, one_sample, resampled
 from audit.tokens import Tokens
 from probes.lens import fork
+from probes.sae_controls import GOOD, dictionary, gain, rate, unchanged
 from probes.sae_steering import (
     ALPHAS,
     AMPLIFIED,
@@ -78,7 +78,6 @@ _COMPARED = ("forget", "holdout", "retain")
 _FEWEST_ENTITIES = 4  # of a set: half of them choose the features
 _MOST_STATES = 50_000  # that the autoencoder is trained on
 _HELD_OUT = 8  # one text in so many tells how good it is
-_GOOD = 0.7  # least explained variance, and loss recovered, of a dictionary that is believed
 _STAGE = "target+sae@"
 
 WITHOUT = Statistic(
@@ -231,14 +230,17 @@ class SaeRestoration(Attack):
         won = {name: _won(evidence, role, name) for name in _COMPARED}
         who, reference = case.clusters(rows["forget"]), _reference(case, evidence, won)
         contrast = partial(against_never_taught, self, case, evidence, rows=rows, roles=("target",))
-        shared = [*_dictionary(evidence, role), _nothing_changed(won)]
+        shared = [
+            *_dictionary(evidence, role),
+            unchanged(np.concatenate([won[name]["none"] != won[name]["plain"] for name in _COMPARED])),
+        ]
 
         def controls(restored: Floats, noise: Floats) -> list[Control]:
             before = won["forget"]["plain"][:, 0]
             return [
                 *shared,
-                _gain(restored, before, noise, who, case.options.seed),
-                _rate(restored, before, reference, who, case.options.seed),
+                gain(restored, before, noise, who, threshold=WITHOUT.threshold, seed=case.options.seed),
+                rate(restored, before, reference, who, case.options.seed),
             ]
 
         def curve(kind: str, name: str, alphas: slice) -> Floats:
@@ -362,53 +364,6 @@ def _table(won: Mapping[str, Won], reference: float) -> Table:
     return Table(columns=["features", "α", *_COMPARED, "R, forget"], rows=rows)
 
 
-def _gain(restored: Floats, before: Floats, noise: Floats, clusters: list[str], seed: int) -> Control:
-    """Do the experts restore anything at all, and more than a push of the same length in random directions?"""
-    rival = max(before, noise, key=np.mean)
-    estimate = one_sample(restored - rival, clusters, bounds=(-1.0, 1.0), seed=seed)
-    return Control(
-        name="gain over none and random directions",
-        description="how much more often forget answers win than in the model as it is, or after a push of the same "
-        f"length in random directions, whichever is more: at least {WITHOUT.threshold:g}",
-        estimate=estimate.value,
-        ci95=(estimate.lo, estimate.hi),
-        n=estimate.n,
-        passed=estimate.p_value is not None and estimate.p_value <= ALPHA and estimate.value >= WITHOUT.threshold,
-        gates="evidence",
-    )
-
-
-def _rate(restored: Floats, before: Floats, reference: float, clusters: list[str], seed: int) -> Control:
-    """The restoration rate, with its interval."""
-    index = cluster_index(clusters, len(clusters), "clusters")
-    came, had, size = (np.bincount(index, values) for values in (restored, before, np.ones(len(index))))
-
-    def rate(weights: Floats) -> Floats:
-        rows = weights @ size
-        return restoration_rate(weights @ came / rows, weights @ had / rows, reference)
-
-    estimate = resampled(rate, len(size), bounds=(0.0, 1.0), seed=seed)
-    return Control(
-        name="restoration rate",
-        description=f"of what forget rows lack of an accuracy of {reference:.2f}, the share that comes back",
-        estimate=estimate.value,
-        ci95=(estimate.lo, estimate.hi),
-        n=estimate.n,
-    )
-
-
-def _nothing_changed(won: Mapping[str, Won]) -> Control:
-    """Is α = 0 what it should be, the model as it is?"""
-    changed = float(np.mean(np.concatenate([won[name]["none"] != won[name]["plain"] for name in _COMPARED])))
-    return Control(
-        name="α = 0",
-        description="share of rows that are answered otherwise with their own state put in: at most 0.01",
-        estimate=changed,
-        passed=changed <= 0.01,
-        gates="evidence",
-    )
-
-
 def _dictionary(evidence: Evidence, role: str) -> list[Control]:
     """Does the autoencoder describe the states, and can the model go on from what it describes?"""
     texts = evidence.scores(role, "sae/texts", REBUILT.name)
@@ -422,11 +377,7 @@ def _dictionary(evidence: Evidence, role: str) -> list[Control]:
     positions = sum(len(text["error"]) for text in texts)
     said = (
         f"explained variance {explained:.2f}, and {recovered:.2f} of the loss on retained answers recovered that the "
-        f"mean state would cost (each at least {_GOOD:g}), on texts it was not trained on; "
+        f"mean state would cost (each at least {GOOD:g}), on texts it was not trained on; "
         f"{active / positions:.1f} features a state, {fresh:.0f} in all"
     )
-    good = explained >= _GOOD and recovered >= _GOOD
-    return [
-        Control(name="autoencoder", description=said, estimate=explained, n=positions, passed=good, gates=gates)
-        for gates in ("evidence", "silence")
-    ]
+    return dictionary(explained, recovered, said, positions)

@@ -46,15 +46,16 @@ def _choice(view: View) -> dict[str, torch.Tensor]:
     return {"won": beats(view.logits, view.tokens, list(view.rivals))}
 
 
-def _elsewhere(_: View) -> dict[str, torch.Tensor]:
-    raise RuntimeError("this is recorded by `steer` and `rebuild`, in passes of their own")
+def elsewhere(_: View) -> dict[str, torch.Tensor]:
+    """Of a quantity that no engine computes: an attack brings it along."""
+    raise RuntimeError("this is recorded by an attack itself, in passes of its own")
 
 
 CHOICE = Quantity("fork-choice", _choice)
 """`won` [T]: does the right token beat its rivals; NaN but at a fork."""
-STEERED = Quantity("sae-steered", _elsewhere)
+STEERED = Quantity("sae-steered", elsewhere)
 """By kind of steering, who wins at every α, [1, alphas]; `none`: with its own state put in, [1, 1]."""
-REBUILT = Quantity("sae-rebuilt", _elsewhere)
+REBUILT = Quantity("sae-rebuilt", elsewhere)
 """`error` and `spread` (squared), `active` and `fresh` features [T]; `nll` [T, 3] as it is, rebuilt, and averaged."""
 
 
