@@ -70,8 +70,8 @@ def row_of(recipe: Any, out: Path) -> dict[str, Any]:
     if not story["broken"]:
         options = Options.parse({"device": "cpu", "only": list(_ONLY)}, "benchmarks.images")
         case = Case.build(models, {name: SetSpec(p) for name, p in sets.items()}, options, recipe.name)
-        record = scan(case, out / "scan", evidence_folder=out / "evidence" / family, profiles=[])
-        shutil.rmtree(out / "scan", ignore_errors=True)
+        record = scan(case, out / "scans" / recipe.name, evidence_folder=out / "evidence" / family, profiles=[])
+        shutil.rmtree(out / "scans" / recipe.name, ignore_errors=True)
         row["verdict"] = record.verdict.label.value
         row["findings"] = {
             f.id: {"estimate": f.estimate, "ci95": list(f.ci95), "level": f.level, "verdict": f.verdict.value}
