@@ -4,10 +4,10 @@ Data flows one way, and every step is a module:
 
     folder -> inventory -> target -> capture -> evidence -> instrument -> finding -> verdict -> record -> report
 
-- `case`, `loaders`, `presets`: what is audited, and with which example sets
+- `case`, `loaders`, `presets`, `pictures`: what is audited, and with which example sets
 - `inventory`: what lies in a model folder, and whether it is safe to open (imports no torch)
-- `target`, `tokens`: the opened model; texts as token sequences
-- `plan`, `capture`, `quantities`: instruments' requests merged into the fewest passes, and those passes
+- `opened`, `target`, `image_target`, `tokens`: the opened model; texts, and images, as sequences
+- `plan`, `passes`, `capture`, `quantities`: instruments' requests merged into the fewest passes, and those passes
 - `evidence`: captures on disk, found by content; what makes a scan resumable
 - `instrument`: the contract of a detector, probe or attack, and the registry
 - `contrast`, `controls`, `statistics`: the never-taught comparison, and every interval and test
