@@ -25,7 +25,7 @@ Traps:
 
 - *Never taught*: images of the holdout class are steered by experts of theirs, and a retrained model in the same way.
 - *Any push may restore*: evidence needs 0.1 more than a push of the same length in random directions gives.
-- *An edit of the head, or of all blocks*, is not undone by amplifying: silence is not deletion (`docs` has numbers).
+- *An edit of the head, or of all blocks*, is seldom undone by amplifying: silence is not deletion.
 - *No class token* (Swin, ResNet, ConvNeXT): the decision is read from a mean, which is no place to write; only the
   places are steered.
 - *Above the last block* patches of a ViT are not read any more; there the class token is all.

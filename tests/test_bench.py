@@ -7,7 +7,6 @@ import sys
 from itertools import product
 from statistics import fmean
 
-import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -108,10 +107,9 @@ def test_what_is_hidden_is_ranked_by_history_and_judged_by_other_families():
     assert all(line.by_history["hidden"].estimate == 1.0 and line.by_history["hidden"].n == 4 for line in lines)
     both = lines[-1]
     assert both.found.estimate == 1.0 and both.false_positives.estimate == 0.0 and both.false_positives.n == 8
-    # Joint scores: effects of 0.3 and 0.03 in units of a threshold of 0.1, over 0.9 of the others' way from 0.1 to 0.3.
+    # An effect of 0.3 in units of the threshold of 0.1: the others stay below it.
     joint = together([r for r in rows if r.label in ("suppressed", "deleted")], ["lens/choice"], "llama-0")
-    others = np.quantile([0.1, 0.3] * 3, 0.9)
-    assert joint["llama-hidden-0"] == pytest.approx(3.0 / others)
+    assert joint["llama-hidden-0"] == pytest.approx(3.0)
     # One family's never-taught model that stands out is a false alarm there, and raises the others' threshold.
     odd = [row("deleted", 0.2, history="retrained") if r.name == "llama-retrained-0" else r for r in rows]
     judged = hidden_lines(odd)[-1]

@@ -2,9 +2,9 @@
 
 For every statistic that may decide a verdict, the area under the ROC curve of each way to hide knowledge; and the same
 of all of a question's statistics together. To put statistics of different units together, each is divided by what
-nine in ten never-taught organisms *of other families* (other seed, or other base) stay below, and the largest counts.
-The threshold of the joint score is what all never-taught organisms of other families stay below, and a quarter more; it
-is judged on the family that was left out.
+nine in ten never-taught organisms *of other families* (other seed, or other base) stay below, but by no less than its
+threshold, and the largest counts. The threshold of the joint score is what all never-taught organisms of other families
+stay below, and a quarter more; it is judged on the family that was left out.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from audit.record import Question
 from audit.statistics import auc_two_sample
 
 QUESTIONS = (Question.REPRESENTATION, Question.RECOVERY)
-_LEAST = 0.1
-"""Of a threshold: no statistic is divided by less, however quiet it is where nothing is known."""
+_LEAST = 1.0
+"""In thresholds: no statistic is divided by less, for an effect below the threshold is worth nothing however rare."""
 
 
 class HiddenLine(BaseModel):
