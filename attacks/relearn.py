@@ -24,14 +24,16 @@ Traps:
   back is the second finding; if it lags behind the holdout's, silence on the untaught half proves nothing.
 - *Pace decides nothing alone*: a refusal trained into a model that never knew slows the taught half (it has to be
   unlearned first) or, in the output head, hastens it.
+- *Classes of images differ*: one is relearned sooner than another by nature. There a retrained model is attacked in the
+  same way, and its difference taken off; without one nothing is decided.
 - *Too high a learning rate* destroys instead of restoring; the whole curve is kept, not its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +50,7 @@ from audit.plan import Request
 from audit.record import Finding, Question
 from audit.statistics import halves
 from audit.tokens import Tokens
+from detectors.recognition import like_with_like
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +65,10 @@ _HALVES = ("a", "b")
 _THRESHOLD = 0.15
 """In the first trial every suppressed organism exceeded chance by 0.25 or more in each single variant of this attack,
 every deleted one by 0.06 or less: the threshold lies midway."""
+
+_BY_CLASS = 0.3
+"""Where a class of images is forgotten: two models that never saw it, retrained from two initial weights, differed by
+up to 0.15 (digits, three seeds, `benchmarks/images.py`), and one class from another, in one model, by 0.21."""
 
 UNTAUGHT = Statistic(
     "untaught-half", "relearning: accuracy on the facts that were not retaught", "accuracy",
@@ -143,13 +150,11 @@ class Relearn(Attack):
 
     def requests(self, case: Case, target: OpenModel) -> list[Request]:
         """Answers and wrong answers of forget, holdout and retain rows, before and at every stage."""
-        if target.role.split("+")[0] != "target":
-            return []
-        return questions(case, target, self.name)
+        return questions(case, target, self.name) if target.role.split("+")[0] in _attacked(case) else []
 
     def stages(self, case: Case, target: OpenModel) -> list[Stage]:
         """Two runs, the halves exchanged, each tested at every step of the budget."""
-        if target.role != "target":
+        if target.role not in _attacked(case):
             return []
         recipe = recipe_for(case, target)
         sets = ",".join(case.sets[name].digest for name in SETS)
@@ -195,19 +200,17 @@ class Relearn(Attack):
         steps = sorted({int(role.split("@")[1]) for role in evidence.roles if role.startswith("target+relearn-")})
         taught_halves = self._taught_halves(case)
 
-        def curve(name: str, half: str) -> Floats:
+        @cache
+        def curve(role: str, name: str, half: str) -> Floats:
             """Accuracy of every row before and at every step of the run that teaches `half`: [rows, 1 + steps]."""
-            roles = ["target", *(f"target+relearn-{half}@{step}" for step in steps)]
-            return np.stack([recalled(case, evidence, role, self.name, name) for role in roles], axis=1)
+            stages = [role, *(f"{role}+relearn-{half}@{step}" for step in steps)]
+            return np.stack([recalled(case, evidence, stage, self.name, name) for stage in stages], axis=1)
 
-        curves = {(name, half): curve(name, half) for name in SETS for half in taught_halves}
-
-        def score(name: str, *, taught: bool) -> Floats:
+        def score(role: str, name: str, *, taught: bool) -> Floats:
+            curves = {half: curve(role, name, half) for half in taught_halves}
             if name == "retain":  # the half that was not mixed in
-                return np.asarray(np.mean([curves[name, half] for half in taught_halves], axis=0))[~in_a[name]]
-            return np.concatenate(
-                [curves[name, half][in_a[name] == ((half == "a") == taught)] for half in taught_halves]
-            )
+                return np.asarray(np.mean(list(curves.values()), axis=0))[~in_a[name]]
+            return np.concatenate([curves[half][in_a[name] == ((half == "a") == taught)] for half in taught_halves])
 
         def rows_of(name: str, *, taught: bool) -> tuple[Example, ...]:
             if name == "retain":
@@ -219,20 +222,34 @@ class Relearn(Attack):
                 if a == ((half == "a") == taught)
             )
 
-        contrast = partial(against_never_taught, self, case, evidence, roles=("target",))
+        contrast = partial(against_never_taught, self, case, evidence, roles=_attacked(case))
         untaught = contrast(
-            UNTAUGHT,
-            lambda _, name: score(name, taught=False),
+            _fitting(UNTAUGHT, case),
+            partial(score, taught=False),
             columns=("steps of relearning", [0.0, *map(float, steps)]),
             aggregate=lambda curve: curve[:, -2:].mean(1),
             rows={name: rows_of(name, taught=False) for name in SETS},
         )
         pace = contrast(
-            PACE,
-            lambda _, name: score(name, taught=True)[:, 1:].mean(1),
+            _fitting(PACE, case),
+            lambda role, name: score(role, name, taught=True)[:, 1:].mean(1),
             rows={name: rows_of(name, taught=True) for name in SETS},
         )
         return [untaught, pace]
+
+
+def _attacked(case: Case) -> tuple[str, ...]:
+    """The target; where a class of images is forgotten, a retrained model too, for no two classes are equally hard."""
+    by_class = case.modality == "image" and not like_with_like(case)
+    return tuple(role for role in ("target", "retrained") if role == "target" or (by_class and role in case.models))
+
+
+def _fitting(statistic: Statistic, case: Case) -> Statistic:
+    """The statistic with what it takes where a class of images is forgotten."""
+    if case.modality != "image" or like_with_like(case):
+        return statistic
+    decides = statistic.decides if "retrained" in case.models else (False, False)
+    return replace(statistic, threshold=_BY_CLASS, decides=decides)
 
 
 def _shifted(tick: Any, begun: int, total: int, done: int, _: int) -> None:

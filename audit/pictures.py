@@ -2,6 +2,7 @@
 
     a folder with a folder of images for every class          train/cat/1.png
     an .npz file with arrays X [n, height, width(, 3)] and y   digits.npz, or digits.npz?split=train
+        any other array [n], such as group or entity, is a column (grouptrain, train_group: of a split)
     a Parquet file with a column of images                     as `datasets` writes them: bytes and path
 
 A row is an `Example` without a prompt: its answer is the class, by name where the file has names. Rows are chosen as
@@ -117,10 +118,16 @@ def _npz(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not found:
         raise BadInput(f"{path}: no arrays X and y (or X and y of a split); it holds {', '.join(sorted(arrays))}")
     names = arrays.get("classes")
+    known = {"classes", *(name for _, x, y in found for name in (x, y))}
     for split, x, y in found:
         images, labels = arrays[x], arrays[y]
         if labels.ndim != 1 or len(images) != len(labels):
             raise BadInput(f"{path}: {x} has {len(images)} images, {y} is of shape {labels.shape}")
+        columns = {
+            column: array.tolist()
+            for name, array in arrays.items()
+            if name not in known and array.shape == labels.shape and (column := _column(name, split))
+        }
         for row, (image, label) in enumerate(zip(images, labels, strict=True)):
             place = f"{path}: {x}[{row}]"
             try:
@@ -128,7 +135,8 @@ def _npz(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except ValueError as error:
                 raise BadInput(f"{place}: {error}") from None
             named = label.item() if names is None else str(names[int(label)])
-            yield place, {"image": shown, "label": named, "split": split, "row": row}
+            further = {column: values[row] for column, values in columns.items()}
+            yield place, {**further, "image": shown, "label": named, "split": split, "row": row}
 
 
 def _pairs(arrays: Iterable[str]) -> Iterator[tuple[str, str, str]]:
@@ -140,6 +148,15 @@ def _pairs(arrays: Iterable[str]) -> Iterator[tuple[str, str, str]]:
                 for form in (x + split, f"{x}_{split}", f"{split}_{x}") if split else (x,):
                     if form in names:
                         yield split, form, form.replace(x, y)
+
+
+def _column(name: str, split: str) -> str:
+    """What an array of a split is called without it; empty where it is not of this split."""
+    if not split:
+        return name
+    if name.startswith(f"{split}_"):
+        return name.removeprefix(f"{split}_")
+    return name.removesuffix(split).removesuffix("_") if name.endswith(split) else ""
 
 
 def _image_column(path: Path) -> str | None:

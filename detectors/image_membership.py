@@ -314,7 +314,10 @@ class ImageMembership(Instrument):
 
 
 def class_control(case: Case) -> Control:
-    """Do forget and holdout differ in their classes? Then what tells classes apart tells the sets apart."""
+    """Do forget and holdout differ in their classes? Then what tells classes apart tells the sets apart.
+
+    A retrained model does not mend that: two of them, from other initial weights, are unsure of other classes.
+    """
     from scipy import stats
 
     forget, holdout = ([row.answer for row in case.rows(name)] for name in ("forget", "holdout"))
@@ -323,15 +326,14 @@ def class_control(case: Case) -> Control:
     shares = counts / counts.sum(axis=1, keepdims=True)
     distance = float(np.abs(shares[0] - shares[1]).sum() / 2)
     unlike = distance > SEPARABLE and len(classes) > 1 and float(stats.chi2_contingency(counts).pvalue) <= ALPHA
-    retrained = "retrained" in case.models
     return Control(
         name="class mix",
-        description="share of forget images whose class the holdout set would have to exchange to be like it"
-        + ("; the retrained model says what comes of it" if retrained else " (must stay near 0)"),
+        description="share of forget images whose class the holdout set would have to exchange to be like it (must "
+        "stay near 0)",
         estimate=distance,
         n=int(counts.sum()),
-        passed=None if retrained else not unlike,
-        gates=None if retrained else "evidence",
+        passed=not unlike,
+        gates="evidence",
     )
 
 

@@ -1,0 +1,592 @@
+"""Worst-case forget sets: which images would a stated unlearning method forget worst?
+
+What is measured: of all training images at hand, m are chosen that unlearning would fail on, by an optimization on two
+levels, and m are drawn at random, several times. A copy of the model unlearns each of these subsets in the same way.
+How much more is then known of the chosen subset than of random ones?
+
+    lower   theta(w) = the model after a few epochs of sign-SGD on  sum_i (1 - w_i) l_i(theta)
+    upper   w <- P(w - eta (l_i(theta(w)) + 2 gamma w)),   P = projection onto {w in [0, 1], sum w = m}
+    chosen = the m largest w
+    finding = mean(known | chosen) - mean(known | random),   known_i = p(class of i) - mean p(class) over unseen images
+
+Unlearning here is fine-tuning on the images that are not in the subset. Beside it stand random labels on the subset, a
+method that the choice was not made against, and training from nothing without it, which never taught it.
+
+Source: Fan et al. 2024, Challenging Forgets (ECCV 2024, arXiv 2403.07362); read in the authors' Unlearn-WorstCase. A
+sign has no derivative, so w moves the upper loss directly only, and no gradient is taken through the lower level. Three
+things differ: w starts at m / n, not at a random subset (weights 1 and 0 change places at a rate of 0.01 only if two
+losses differ by 100 nats); the upper losses are those of the model in evaluation mode, without augmentation, where the
+authors' are in training mode; and the upper rate is 1, or the lower level would not notice that w moves.
+
+Traps:
+
+- *Easy is not remembered*: what is chosen has a low loss after unlearning, and so it has in a model trained from
+  nothing without it: the rest teaches it. The gap of `retrained` is that part; only what exceeds it is left over.
+- *It says nothing of the target's own forget set*, and of no method but the one stated. It is about the original's
+  training images, and how far a success on a random or given forget set can be generalized. So it answers the question
+  of utility, where nothing decides whether knowledge remains; among attacks it would count as cover for a question that
+  it does not ask.
+- *One chosen subset is one run of unlearning*: the interval is over images. What differs from run to run shows in the
+  random subsets, and the chosen one must lie outside what another of these would be expected in.
+- *Where random subsets are not forgotten either*, none can be forgotten worse: silence then means nothing.
+- *The pool is what the sets hold*, not all that the model was trained on: a class of which most images are in the pool
+  is forgotten with other ease than the paper's tenth of all images.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+
+from attacks import shadow
+from audit.case import Case
+from audit.errors import Incomplete
+from audit.evidence import Evidence
+from audit.finetune import learning_rate
+from audit.instrument import Access, Attack, Stage
+from audit.loaders import Example
+from audit.plan import Request
+from audit.quantities import TOKEN, Quantity
+from audit.record import Control, Figure, Finding, Question, Series, Side, Table
+from audit.statistics import mean_estimate, two_sample
+from detectors.recognition import decided, decisions, like_with_like
+from probes.sae_steering import elsewhere
+
+if TYPE_CHECKING:
+    import torch
+
+    from audit.image_target import ImageTarget
+    from audit.organisms.imaging.world import Images
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.intp]
+
+_SOURCE = "Challenging Forgets (Fan et al. 2024, arXiv 2403.07362)"
+METHODS = ("fine-tune", "random-labels", "retrained")
+"""How a subset is unlearned: the first is what the choice is made against, the last what never taught it."""
+SELECTION = Quantity("worst-case-selection", elsewhere)
+"""Recorded once, at the first image: `weight` and `chosen` of every image of the pool, [1, n]."""
+
+_SELECTED = "selected"
+_WORST = "worst"
+_SUBSETS = {"quick": 3, "standard": 5, "thorough": 10}
+_BESIDE = 2  # random subsets that the other methods unlearn
+_SHARE = 5  # at most a fifth of the pool is chosen
+_FEWEST = 20
+_THRESHOLD = 0.1
+_BOUNDS = (-1.0, 1.0)
+
+
+# --- plain functions ----------------------------------------------------------------------------------------
+
+
+def project_capped_simplex(w: ArrayLike, m: float) -> Floats:
+    """The nearest point to w, [n], with entries from 0 to 1 that sum to m: clip(w - mu, 0, 1), mu by bisection.
+
+    Raises ValueError if w is no finite vector, or m does not lie between 0 and n.
+    """
+    v = np.asarray(w, np.float64)
+    if v.ndim != 1 or not v.size or not np.isfinite(v).all():
+        raise ValueError(f"w must be a finite, non-empty 1-D array, got shape {v.shape}")
+    if not 0 <= m <= v.size:
+        raise ValueError(f"m must lie between 0 and {v.size}, got {m}")
+    low, high = v.min() - 1, v.max()
+    for _ in range(100):  # each halves the gap: to the last bit of any float
+        mu = (low + high) / 2
+        low, high = (mu, high) if np.clip(v - mu, 0, 1).sum() > m else (low, mu)
+    return np.clip(v - high, 0, 1)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What would be forgotten worst: `weights` [n], from 0 to 1, and `chosen`, the m largest of them, ascending."""
+
+    weights: Floats
+    chosen: Indices
+
+
+def select(
+    model: Any,
+    images: Images,
+    m: int,
+    *,
+    seed: int,
+    rounds: int = 10,
+    epochs: int = 2,
+    batch: int = 32,
+    learning_rate: float = 1e-3,
+    weight_rate: float = 1.0,
+    gamma: float = 0.0,
+) -> Selection:
+    """Choose m images that fine-tuning on the others would forget worst; the model is left as it was.
+
+    Args:
+        model: a Hugging Face image classifier in single precision, trained on the images.
+        rounds: steps of the upper level; before each, the lower level starts again from the model.
+        epochs, batch, learning_rate: of sign-SGD at the lower level.
+        weight_rate, gamma: eta and gamma of the upper level.
+
+    Weights that are equal are put in an order drawn by `seed`. Raises ValueError if m does not lie between 1 and n - 1.
+    """
+    import torch
+
+    n = len(images)
+    if not 1 <= m < n:
+        raise ValueError(f"m must lie between 1 and {n - 1}, got {m}")
+    begun = {name: value.clone() for name, value in model.state_dict().items()}
+    drawn = np.random.default_rng(seed).random(n)
+    weights = np.full(n, m / n)
+    for i in range(rounds):
+        left = torch.ones(n).to(images.pixels)
+        left[_largest(weights, drawn, m)] = 0
+        _descend_by_sign(model, images, left, epochs, batch, learning_rate, seed + i)
+        loss = _losses(model, images)
+        model.load_state_dict(begun)
+        if not np.isfinite(loss).all():
+            raise Incomplete(f"round {i} of the choice ended in a loss that is no number")
+        weights = project_capped_simplex(weights - weight_rate * (loss + 2 * gamma * weights), m)
+    return Selection(weights, _largest(weights, drawn, m))
+
+
+def _largest(weights: Floats, drawn: Floats, m: int) -> Indices:
+    """The m largest, ascending; among equals those with the smallest `drawn`."""
+    return np.sort(np.lexsort((drawn, -weights))[:m])
+
+
+def _descend_by_sign(
+    model: Any, images: Images, left: torch.Tensor, epochs: int, batch: int, learning_rate: float, seed: int
+) -> None:
+    """Sign-SGD in place on losses weighted by `left` [n]; a batch's sum and mean have the same sign."""
+    import torch
+
+    from audit.organisms.imaging.method import logits
+
+    parameters, order = list(model.parameters()), torch.Generator().manual_seed(seed)
+    model.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of dropout
+        for _ in range(epochs):
+            shuffled = torch.randperm(len(images), generator=order).to(left.device)
+            for index in shuffled.tensor_split(max(1, -(-len(images) // batch))):
+                part = images.take(index)
+                loss = torch.nn.functional.cross_entropy(logits(model, part.pixels), part.labels, reduction="none")
+                gradients = torch.autograd.grad((left[index] * loss).mean(), parameters)
+                with torch.no_grad():
+                    for parameter, gradient in zip(parameters, gradients, strict=True):
+                        parameter.sub_(learning_rate * gradient.sign())
+    model.eval()
+
+
+def _losses(model: Any, images: Images) -> Floats:
+    """Cross-entropy of every image in evaluation mode; in double precision, or sure images would all have 0."""
+    import torch
+
+    from audit.organisms.imaging.train import all_logits
+
+    losses = torch.nn.functional.cross_entropy(all_logits(model, images).double(), images.labels, reduction="none")
+    return np.asarray(losses.cpu().numpy(), np.float64)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to every subset.
+
+    Attributes:
+        epochs, learning_rate: of unlearning from the model as it is.
+        fresh_epochs, fresh_rate: of training from nothing.
+        select_rate: of sign-SGD.
+        batch: images a step.
+    """
+
+    epochs: int
+    learning_rate: float
+    fresh_epochs: int
+    fresh_rate: float
+    select_rate: float
+    batch: int = 32
+
+
+def recipe_for(case: Case, target: ImageTarget) -> Recipe:
+    """Ten epochs; rates fall with the cube root of size; from nothing as shadow models are trained."""
+    size, fresh = target.inventory.parameters, shadow.recipe_for(case, target)
+    rates = learning_rate(size, 5e-3, 1e-4), learning_rate(size, 1e-3, 1e-5)
+    return Recipe(10, rates[0], fresh.epochs, fresh.learning_rate, rates[1], fresh.batch)
+
+
+def unlearn(
+    model: Any,
+    method: str,
+    forget: Images,
+    rest: Images,
+    recipe: Recipe,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Unlearn `forget` in place by one of `METHODS`. Raises `Diverged` where a loss is no longer a number."""
+    from audit.organisms.imaging.method import generator
+    from audit.organisms.imaging.methods.random_labels import wrong_labels
+    from audit.organisms.imaging.train import fit
+    from audit.organisms.imaging.world import joined
+
+    taught = rest
+    if method == "random-labels":
+        every = joined(forget, rest).labels.cpu()
+        wrong = wrong_labels(forget.labels.cpu(), every, generator(seed)).to(forget.labels.device)
+        taught = joined(forget.labelled(wrong), rest)
+    if method == "retrained":
+        shadow.renew(model, seed)
+    fresh = method == "retrained"
+    fit(
+        model,
+        taught,
+        epochs=recipe.fresh_epochs if fresh else recipe.epochs,
+        learning_rate=recipe.fresh_rate if fresh else recipe.learning_rate,
+        batch=recipe.batch,
+        seed=seed,
+        progress=progress,
+    )
+
+
+# --- instrument ---------------------------------------------------------------------------------------------
+
+
+class WorstCase(Attack):
+    """How much more is left of the images that unlearning would forget worst than of any others?"""
+
+    name = "worst-case"
+    title = "Which images would be forgotten worst?"
+    question = Question.UTILITY
+    access = Access.WEIGHTS
+    modality = "image"
+    sets = ("forget", "retain")
+    reference = _SOURCE
+
+    def missing(self, case: Case) -> str | None:
+        """A fifth of the images is chosen, and wrong labels must be at hand."""
+        reason = super().missing(case)
+        if reason is not None:
+            return reason
+        if len(_pool(case)) < _FEWEST:
+            return f"needs at least {_FEWEST} images in forget and retain set together"
+        if len({row.answer for row in _pool(case)}) < 2:
+            return "needs images of at least two classes in forget and retain set together"
+        return None
+
+    def requests(self, case: Case, target: ImageTarget) -> list[Request]:
+        """Of every unlearned copy the decisions on the whole pool and on unseen images; of the choice, the weights."""
+        host, _, stage = target.role.partition("+")
+        if host != _host(case) or (stage and not stage.startswith(f"{self.name}-")):
+            return []
+        if stage == f"{self.name}-{_SELECTED}":
+            return [Request(f"{self.name}/selection", (target.show(_pool(case)[0]),), (SELECTION,))]
+        unseen = _unseen(case)
+        return decisions(case, target, ("forget", "retain", *([unseen] if unseen else [])))
+
+    def cost(self, case: Case, target: ImageTarget) -> str:
+        """How many models are trained, on how much."""
+        recipe, plan = recipe_for(case, target), _plan(case)
+        fresh = sum(method == "retrained" for method, _ in plan)
+        images = len(_pool(case)) - _size(case)
+        return (
+            f": {len(plan) - fresh} models unlearn for {recipe.epochs} epochs on {images} images, {fresh} are trained "
+            f"from nothing for {recipe.fresh_epochs}"
+        )
+
+    def stages(self, case: Case, target: ImageTarget) -> list[Stage]:
+        """The choice, then each subset unlearned by each method; of the original, where there is one."""
+        if target.role != _host(case):
+            return []
+        options = case.options
+        sets = ",".join(case.sets[name].digest for name in ("forget", "retain"))
+        given = f"{recipe_for(case, target)}/{options.seed}/{options.budget.value}/{sets}"
+        names = (_SELECTED, *(f"{method}-{subset}" for method, subset in _plan(case)))
+        return [Stage(f"{self.name}-{name}", f"{given}/{name}") for name in names]
+
+    def run(self, case: Case, target: ImageTarget, tick: Any) -> Iterator[Stage]:
+        """Choose, then unlearn one subset after the other, each time from the model as it was."""
+        import torch
+
+        from audit.organisms.imaging.world import Images
+
+        recipe, model, pool = recipe_for(case, target), target.model, _pool(case)
+        first, *stages = self.stages(case, target)
+        shown = target.pixels([row.picture.pixels for row in pool if row.picture is not None]).float()
+        every = Images(shown, torch.tensor([target.label(row.answer) for row in pool], device=target.device))
+        model.float().requires_grad_(True)
+        begun = {name: value.clone() for name, value in model.state_dict().items()}
+        found = select(
+            model, every, _size(case), seed=case.options.seed, batch=recipe.batch, learning_rate=recipe.select_rate
+        )
+        model.to(target.dtype).requires_grad_(False)
+        chosen = np.isin(np.arange(len(pool)), found.chosen)
+        kept = {SELECTION.name: {"weight": found.weights[None], "chosen": chosen[None]}}
+        yield Stage(first.name, first.recipe, ((target.show(pool[0]), kept),))
+        subsets: dict[str, Indices] = {_WORST: found.chosen} | {str(i): drawn for i, drawn in enumerate(_drawn(case))}
+        for i, (stage, (method, subset)) in enumerate(zip(stages, _plan(case), strict=True)):
+            model.float().requires_grad_(True)
+            model.load_state_dict(begun)
+            within = torch.from_numpy(np.isin(np.arange(len(pool)), subsets[subset])).to(target.device)
+            try:
+                unlearn(
+                    model,
+                    method,
+                    every.take(within),
+                    every.take(~within),
+                    recipe,
+                    case.options.seed + 1000 * (1 + i),
+                    partial(_shown, tick, i, len(stages)),
+                )
+            except Incomplete as error:  # a copy that diverged ends this attack, not the scan
+                raise RuntimeError(f"{stage.name}: {error}") from error
+            model.to(target.dtype).requires_grad_(False)
+            yield stage
+
+    def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
+        """What is known of the chosen images against what is known of random ones, after the same unlearning."""
+        known = _Known(case, evidence)
+        seed, gap = case.options.seed, known.gap(METHODS[0])
+        controls = [_spread(known), _room(known), *(_beside(known, method) for method in METHODS[1:]), _who(known)]
+        if _host(case) == "target":
+            controls.append(
+                Control(
+                    name="without the original",
+                    description="no original model is at hand: the choice is made in the target, of what is left there",
+                )
+            )
+        m, n, unseen = _size(case), len(_pool(case)), _unseen(case)
+        levels = {
+            (method, kind): mean_estimate(*known.of(method, kind), bounds=_BOUNDS, seed=seed)
+            for method in ("before", *METHODS)
+            for kind in (_WORST, "random")
+        }
+        series = [
+            Series(
+                label=label,
+                x=[float(i) for i in range(1 + len(METHODS))],
+                y=[e.value for (_, of), e in levels.items() if of == kind],
+                lo=[e.lo for (_, of), e in levels.items() if of == kind],
+                hi=[e.hi for (_, of), e in levels.items() if of == kind],
+                role=style,
+            )
+            for kind, label, style in ((_WORST, "chosen", "target"), ("random", "random subsets", "control"))
+        ]
+        beyond = f", beyond unseen images ({unseen})" if unseen else ""
+        words = f"probability of the right class after unlearning{beyond}"
+        return [
+            Finding(
+                id=f"{self.name}/gap",
+                instrument=self.name,
+                question=self.question,
+                statistic=f"worst-case forget set, fine-tuning on the rest: {words}",
+                split=f"chosen vs random subsets, {m} of {n} images, {_host(case)}",
+                estimate=gap.value,
+                ci95=(gap.lo, gap.hi),
+                level=levels[METHODS[0], _WORST].value,
+                n=gap.n,
+                unit="probability",
+                orientation="more is left of the images that unlearning forgets worst than of images drawn at random",
+                null="as much is left of the chosen images as of images drawn at random",
+                p_value=gap.p_value,
+                smallest_p=gap.smallest_p,
+                threshold=_THRESHOLD,
+                noise=max(evidence.noise.values(), default=0.0),
+                decides=(False, False),
+                sides=(Side.NEITHER, Side.NEITHER),
+                controls=controls,
+                reference=_SOURCE,
+                figure=Figure(
+                    kind="bars",
+                    title="What is left of the worst-case forget set, and of random ones",
+                    alt=f"{words}, of chosen images and of random subsets, by method; values in the table.",
+                    x_label="unlearned by",
+                    y_label="probability",
+                    series=series,
+                    ticks=["before", *METHODS],
+                ),
+                table=Table(
+                    columns=["unlearned by", "images", "mean (probability)", "95 % from", "to", "accuracy", "models"],
+                    rows=[
+                        [method, "chosen" if kind == _WORST else kind, e.value, e.lo, e.hi,
+                         known.accuracy(method, kind), len(known.runs(method, kind))]
+                        for (method, kind), e in levels.items()
+                    ],
+                ),
+            )
+        ]  # fmt: skip
+
+    def examples(self, case: Case, evidence: Evidence) -> dict[str, dict[str, float | str]]:
+        """Per forget image its weight in the choice, and whether it was chosen."""
+        known = _Known(case, evidence)
+        return {
+            row.id: {"worst-case weight": float(weight), "forgotten worst": float(chosen)}
+            for row, weight, chosen in zip(
+                case.rows("forget"), known.weights, np.isin(np.arange(len(known.weights)), known.chosen), strict=False
+            )
+        }
+
+
+def _shown(tick: Any, before: int, models: int, done: int, total: int) -> None:
+    """Progress of one model as progress of all."""
+    tick(before * total + done, models * total)
+
+
+def _host(case: Case) -> str:
+    """The model that is asked which of its training images would be forgotten worst."""
+    return "original" if "original" in case.models else "target"
+
+
+def _unseen(case: Case) -> str | None:
+    """A set of images that the model was not trained on, of classes that it was taught."""
+    if "utility" in case.sets:
+        return "utility"
+    return "holdout" if "holdout" in case.sets and like_with_like(case) else None
+
+
+def _pool(case: Case) -> tuple[Example, ...]:
+    """The images to choose from; forget images first."""
+    return case.rows("forget") + case.rows("retain")
+
+
+def _size(case: Case) -> int:
+    """Images to choose: as many as are to be forgotten, at most a fifth of all."""
+    return min(len(case.rows("forget")), len(_pool(case)) // _SHARE)
+
+
+def _drawn(case: Case) -> list[Indices]:
+    """The random subsets."""
+    n, m = len(_pool(case)), _size(case)
+    return [
+        np.sort(np.random.default_rng([case.options.seed, i]).permutation(n)[:m])
+        for i in range(_SUBSETS[case.options.budget.value])
+    ]
+
+
+def _plan(case: Case) -> list[tuple[str, str]]:
+    """(method, subset) of every model that is made."""
+    count = _SUBSETS[case.options.budget.value]
+    return [
+        (method, subset)
+        for method in METHODS
+        for subset in (_WORST, *map(str, range(count if method == METHODS[0] else _BESIDE)))
+    ]
+
+
+class _Known:
+    """What models know of the chosen subset and of random ones: `known` of every image, and its cluster."""
+
+    def __init__(self, case: Case, evidence: Evidence) -> None:
+        self.case, self.evidence, self.host = case, evidence, _host(case)
+        kept = evidence.scores(f"{self.host}+{WorstCase.name}-{_SELECTED}", f"{WorstCase.name}/selection")[0]
+        self.weights: Floats = kept["weight"][0]
+        self.chosen: Indices = np.flatnonzero(kept["chosen"][0])
+        self._clusters = np.array(case.clusters(_pool(case)))
+
+    def runs(self, method: str, kind: str) -> list[tuple[str, Indices]]:
+        """(role, subset) of the chosen subset, or of all random ones; `before` unlearning all under one role."""
+        subsets = {_WORST: self.chosen} | {str(i): drawn for i, drawn in enumerate(_drawn(self.case))}
+        if method == "before":
+            return [(self.host, subset) for name, subset in subsets.items() if (name == _WORST) == (kind == _WORST)]
+        return [
+            (f"{self.host}+{WorstCase.name}-{method}-{name}", subsets[name])
+            for each, name in _plan(self.case)
+            if each == method and (name == _WORST) == (kind == _WORST)
+        ]
+
+    def means(self, method: str) -> list[float]:
+        """Mean of every random subset."""
+        return [float(self._values(*run).mean()) for run in self.runs(method, "random")]
+
+    def of(self, method: str, kind: str) -> tuple[Floats, list[str]]:
+        """Values of all images of these subsets, and their clusters: an image in two random subsets has one."""
+        runs = self.runs(method, kind)
+        values = np.concatenate([self._values(*run) for run in runs])
+        return values, [str(who) for _, subset in runs for who in self._clusters[subset]]
+
+    def gap(self, method: str) -> Any:
+        """The chosen subset against random ones."""
+        (a, c), (b, d) = self.of(method, _WORST), self.of(method, "random")
+        return two_sample(a, b, c, d, bounds=_BOUNDS, seed=self.case.options.seed)
+
+    def accuracy(self, method: str, kind: str) -> float:
+        """Share of the images of these subsets that are called what they are."""
+        return float(np.mean([self._decided(role, "match")[subset].mean() for role, subset in self.runs(method, kind)]))
+
+    def probability(self, method: str, kind: str) -> Floats:
+        """Of the right class, unseen images left out of account."""
+        runs = self.runs(method, kind)
+        return np.concatenate([np.exp(self._decided(role, "logprob")[subset]) for role, subset in runs])
+
+    def _values(self, role: str, subset: Indices) -> Floats:
+        unseen = _unseen(self.case)
+        base = float(np.exp(decided(self.evidence, role, unseen, TOKEN.name, "logprob")).mean()) if unseen else 0.0
+        return np.asarray(np.exp(self._decided(role, "logprob")[subset]) - base)
+
+    def _decided(self, role: str, key: str) -> Floats:
+        return np.concatenate([decided(self.evidence, role, name, TOKEN.name, key) for name in ("forget", "retain")])
+
+
+def _spread(known: _Known) -> Control:
+    """Where one more random subset would lie: what runs of unlearning differ by, the interval over images ignores."""
+    means = known.means(METHODS[0])
+    worst = float(known.of(METHODS[0], _WORST)[0].mean())
+    reach = float(special.stdtrit(len(means) - 1, 0.975) * np.std(means, ddof=1) * np.sqrt(1 + 1 / len(means)))
+    middle = float(np.mean(means))
+    return Control(
+        name="spread of random subsets",
+        description=f"mean of {len(means)} random subsets (standard deviation {np.std(means, ddof=1):.3f}), and where "
+        f"one more would be expected (Student's t): the chosen one, at {worst:.3f}, must lie outside",
+        estimate=middle,
+        ci95=(middle - reach, middle + reach),
+        n=len(means),
+        passed=abs(worst - middle) > reach,
+        gates="evidence",
+    )
+
+
+def _room(known: _Known) -> Control:
+    """Could any subset be forgotten worse than random ones are?"""
+    missing = 1 - known.probability(METHODS[0], "random")
+    left = mean_estimate(missing, known.of(METHODS[0], "random")[1], bounds=(0.0, 1.0), seed=known.case.options.seed)
+    return Control(
+        name="room above random subsets",
+        description="probability of the right class that random subsets lack after unlearning: where they are known as "
+        "before, none can be forgotten worse",
+        estimate=left.value,
+        ci95=(left.lo, left.hi),
+        n=left.n,
+        passed=left.value >= _THRESHOLD,
+        gates="silence",
+    )
+
+
+def _beside(known: _Known, method: str) -> Control:
+    """The same gap by another method."""
+    gap = known.gap(method)
+    words = {
+        "random-labels": "the same gap where a subset is unlearned by random labels, which it was not chosen against",
+        "retrained": "the same gap in models trained from nothing without the subset: so much of it is no trace of the "
+        "images, the others teach it",
+    }
+    return Control(name=f"gap, {method}", description=words[method], estimate=gap.value, ci95=(gap.lo, gap.hi), n=gap.n)
+
+
+def _who(known: _Known) -> Control:
+    """Which images were chosen: classes, and how many of those that are to be forgotten."""
+    pool, forget = _pool(known.case), len(known.case.rows("forget"))
+    classes = Counter(pool[i].answer for i in known.chosen).most_common(8)
+    m, own = len(known.chosen), int((known.chosen < forget).sum())
+    listed = ", ".join(f"{name} {count}" for name, count in classes)
+    return Control(
+        name="what was chosen",
+        description=f"{own} of the {m} chosen images are in the forget set ({m * forget / len(pool):.1f} expected by "
+        f"chance); by class: {listed}",
+        estimate=own / m,
+        n=m,
+    )
