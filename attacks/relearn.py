@@ -7,7 +7,7 @@ model that deleted the facts learns its half of the forget entities as it learns
 and knows no more of the other half of the one than of the other. A model that suppressed them gets the rest back.
 
     curve_g(s) = accuracy on the untaught half of group g after s steps,   g = forget, holdout
-    finding    = mean of curve_forget - curve_holdout over the last two tested steps
+    finding    = mean of curve_forget - curve_holdout over the last two tested steps (a class of images: over all)
 
 Both groups are taught in the *same* run, so the budget of attack and control is equal by construction; the halves
 are then exchanged, so that every entity is tested once untaught. Accuracy is multiple choice where the rows have
@@ -227,7 +227,7 @@ class Relearn(Attack):
             _fitting(UNTAUGHT, case),
             partial(score, taught=False),
             columns=("steps of relearning", [0.0, *map(float, steps)]),
-            aggregate=lambda curve: curve[:, -2:].mean(1),
+            aggregate=partial(_summed_up, by_class=_by_class(case)),
             rows={name: rows_of(name, taught=False) for name in SETS},
         )
         pace = contrast(
@@ -238,15 +238,29 @@ class Relearn(Attack):
         return [untaught, pace]
 
 
+def _by_class(case: Case) -> bool:
+    """Is a class of images forgotten, rather than facts, or single images?"""
+    return case.modality == "image" and not like_with_like(case)
+
+
+def _summed_up(curve: Floats, *, by_class: bool) -> Floats:
+    """One number a row of its curve [rows, 1 + steps]: the end, or, of classes, the mean over the attack.
+
+    Half of a class teaches the other half sooner or later, forgotten or new: only on the way there do they differ.
+    """
+    return np.asarray((curve[:, 1:] if by_class else curve[:, -2:]).mean(1))
+
+
 def _attacked(case: Case) -> tuple[str, ...]:
     """The target; where a class of images is forgotten, a retrained model too, for no two classes are equally hard."""
-    by_class = case.modality == "image" and not like_with_like(case)
-    return tuple(role for role in ("target", "retrained") if role == "target" or (by_class and role in case.models))
+    return tuple(
+        role for role in ("target", "retrained") if role == "target" or (_by_class(case) and role in case.models)
+    )
 
 
 def _fitting(statistic: Statistic, case: Case) -> Statistic:
     """The statistic with what it takes where a class of images is forgotten."""
-    if case.modality != "image" or like_with_like(case):
+    if not _by_class(case):
         return statistic
     decides = statistic.decides if "retrained" in case.models else (False, False)
     return replace(statistic, threshold=_BY_CLASS, decides=decides)

@@ -16,7 +16,7 @@ which no groups are known: by the **sharpness** of the loss at the weights θ, i
     ω = ℓ(θ + η g / |g|) - ℓ(θ),   g = ∇ℓ(θ);   the sharpest 5 % are its causal subset, the rest stands for the bias
 
 Source: "Easy to Learn, Yet Hard to Forget" (CUPID; Kwon et al. 2026, arXiv 2602.21773), of which no code was found: it
-reports accuracy by group. Both contrasts and their controls are this project's. The question is utility, for a shortcut
+compares accuracy by group. Both contrasts and their controls are this project's. The question is utility: a shortcut
 that was unlearned is something else that was changed. What is left of the class, `detectors.recognition` says.
 
 Traps:
@@ -27,10 +27,10 @@ Traps:
   such losses and gains cancel.
 - *Images with another class's background are hard*, and any damage takes them first. Where retained images have a
   background that is odd for their class and not the bias, the loss must be larger than theirs.
-- *A gap below 0*, aligned images that stay while conflicting ones go, is no sign of this: it is the shortcut at work,
-  or hard images that went first. That the class is still answered, recognition says.
-- *Conflicting images recognised better than before* is how the paper first saw a shortcut unlearned. Training of any
-  kind does that too, so it stands beside the gap and decides nothing.
+- *A gap below 0*, aligned images that stay while conflicting ones go (the paper finds them hard to forget), is no sign
+  of this: it is the shortcut at work, or hard images went first. That the class is still answered, recognition says.
+- *Accuracy on the class may even rise* when its shortcut is unlearned, as the paper reports. Training of any kind does
+  that too, so what conflicting images gained stands beside the gap and decides nothing.
 """
 
 from __future__ import annotations
