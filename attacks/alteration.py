@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,8 @@ class Altering(Attack):
     modality = "any"
     sets = ("forget", "retain")
     statistic: Statistic
+    alarms: ClassVar[bool] = True
+    """Does it mean anything that facts come back? Not where they come back in a model that never knew them."""
 
     @abstractmethod
     def alterations(self, case: Case, target: OpenModel) -> Sequence[Alteration]:
@@ -114,7 +116,8 @@ class Altering(Attack):
             self, case, evidence, self.statistic, score, columns=(self.name, names), rows=rows, roles=roles
         )
         # Rows that an alteration makes worse were hidden by an edit, or hang on small weights: no reason for alarm.
-        finding = finding.model_copy(update={"sides": (Side.REMAINS, Side.NEITHER)})
+        alarm = Side.REMAINS if self.alarms else Side.NEITHER
+        finding = finding.model_copy(update={"sides": (alarm, Side.NEITHER)})
         chosen = names.index(finding.layer) if finding.layer in names else 0
 
         def gain(name: str) -> Floats:

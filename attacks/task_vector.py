@@ -55,6 +55,7 @@ class TaskVector(Altering):
     name = "task-vector"
     title = "Does it come back on the way to the original?"
     roles = ("original",)
+    alarms = False
     reference = _SOURCE
     statistic = Statistic(
         "recovered", "task vector: right answers preferred on the way back to the original", "accuracy",

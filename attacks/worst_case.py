@@ -18,8 +18,9 @@ sign has no derivative, so w moves the upper loss directly only, and no gradient
 as there a lower level starts from the model as it is. What differs:
 
 - There the lower level is one run on sum_i (1 - w_i) l_i, and gives the upper losses of all images. A small network
-  that knows its images by heart then has no loss on those it goes on training on, and hardly any on the others: of 40
-  planted images among 150, the choice of 30 held 1. Hence groups: every image is judged by a model it was left out of.
+  that knows its images by heart then has no loss on those it goes on training on, and hardly any on the others: where
+  40 planted images among 150 were to be found, a choice of 30 made so (two rounds of two epochs) held 1 of them. Hence
+  groups: every image is judged by a model that it was left out of.
 - There w starts at a random subset; at the published rate of 0.01, weights 1 and 0 change places in one round only if
   two losses differ by 100 nats. Here all weights start alike, and the rate is 1.
 - There upper losses are taken in training mode, with augmentation. Here in evaluation mode, without.
@@ -63,7 +64,7 @@ from audit.loaders import Example
 from audit.plan import Request
 from audit.quantities import TOKEN, Quantity
 from audit.record import Control, Figure, Finding, Question, Series, Side, Table
-from audit.statistics import mean_estimate, two_sample
+from audit.statistics import Estimate, mean_estimate, two_sample
 from detectors.recognition import decided, decisions, like_with_like
 from probes.sae_steering import elsewhere
 
@@ -109,7 +110,7 @@ def project_capped_simplex(w: ArrayLike, m: float) -> Floats:
     for _ in range(100):  # each halves the gap: to the last bit of any float
         mu = (low + high) / 2
         low, high = (mu, high) if np.clip(v - mu, 0, 1).sum() > m else (low, mu)
-    return np.clip(v - high, 0, 1)
+    return np.asarray(np.clip(v - high, 0, 1))
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def select(
         epochs, batch, learning_rate: of sign-SGD at the lower level, which starts from the model each time.
         weight_rate, gamma: eta and gamma of the upper level.
 
-    Weights that are equal are put in an order drawn by `seed`. Raises ValueError if m does not lie between 1 and n - 1.
+    Weights that are equal are put in an order drawn by `seed`. Raises ValueError if m does not lie between 1 and n - 1,
+    RuntimeError where a loss is no longer a number.
     """
     import torch
 
@@ -161,7 +163,7 @@ def select(
             loss[group] = _losses(model, images.take(torch.from_numpy(group).to(images.pixels.device)))
             model.load_state_dict(begun)
         if not np.isfinite(loss).all():
-            raise Incomplete(f"round {i} of the choice ended in a loss that is no number")
+            raise RuntimeError(f"round {i} of the choice ended in a loss that is no number")
         weights = project_capped_simplex(weights - weight_rate * (loss + 2 * gamma * weights), m)
     return Selection(weights, np.sort(np.lexsort((drawn, -weights))[:m]))
 
@@ -183,10 +185,11 @@ def _descend_by_sign(
             for index in shuffled.tensor_split(max(1, -(-len(images) // batch))):
                 part = images.take(index)
                 loss = torch.nn.functional.cross_entropy(logits(model, part.pixels), part.labels, reduction="none")
-                gradients = torch.autograd.grad((left[index] * loss).mean(), parameters)
+                gradients = torch.autograd.grad((left[index] * loss).mean(), parameters, allow_unused=True)
                 with torch.no_grad():
                     for parameter, gradient in zip(parameters, gradients, strict=True):
-                        parameter.sub_(learning_rate * gradient.sign())
+                        if gradient is not None:
+                            parameter.sub_(learning_rate * gradient.sign())
     model.eval()
 
 
@@ -515,7 +518,7 @@ class _Known:
         values = np.concatenate([self._values(*run) for run in runs])
         return values, [str(who) for _, subset in runs for who in self._clusters[subset]]
 
-    def gap(self, method: str) -> Any:
+    def gap(self, method: str) -> Estimate:
         """The chosen subset against random ones."""
         (a, c), (b, d) = self.of(method, _WORST), self.of(method, "random")
         return two_sample(a, b, c, d, bounds=_BOUNDS, seed=self.case.options.seed)
