@@ -163,7 +163,7 @@ def _make(recipe: Recipe, history: History, family: Family, before: Mapping[str,
                 story |= _unlearn(bench, history, steps, show)
         except Diverged as error:
             model, story["broken"] = reference, f"diverged: {error}"
-        story["distance"] = _distance(model, reference)
+        story["distance"] = weight_distance(model, reference)
     measured = measure(model, family.tokenizer, family.sets)
     story |= {"measured": measured, "broken": story["broken"] or _fault(history, measured)}
     return _Made(model, story)
@@ -249,7 +249,7 @@ def _told(folder: Path) -> dict[str, Any]:
     return story
 
 
-def _distance(a: PreTrainedModel, b: PreTrainedModel) -> float:
+def weight_distance(a: PreTrainedModel, b: PreTrainedModel) -> float:
     """Length of the difference of all weights; by name, for a method may leave them in another order."""
     other = dict(b.named_parameters())
     squares = [

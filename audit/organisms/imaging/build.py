@@ -24,14 +24,13 @@ import torch
 from transformers import PreTrainedModel
 
 from audit.errors import BadInput
-from audit.organisms.controls import distance
 from audit.organisms.imaging import methods
 from audit.organisms.imaging.controls import CHANGES, Scene
 from audit.organisms.imaging.histories import BY_CLASS, History, history_of
 from audit.organisms.imaging.method import Ground
 from audit.organisms.imaging.train import TEACHING, accuracy, fit, new_classifier, open_classifier, save
 from audit.organisms.imaging.world import ImageWorld, Split, digits, from_npz, joined, split
-from audit.organisms.recipes import read_history
+from audit.organisms.recipes import read_history, weight_distance
 from audit.organisms.train import Diverged
 
 VERSION = 1
@@ -180,7 +179,7 @@ def _make(
         model.eval()
         if show is not None:
             show(1, 1)
-        story["distance"] = distance(model, list(original.parameters()))
+        story["distance"] = weight_distance(model, original)
     measured = {f"{name}_accuracy": accuracy(model, part) for name, part in parts.parts.items()}
     story |= {"measured": measured, "broken": broken or _fault(history, recipe.kind, measured)}
     return model.requires_grad_(True), story
