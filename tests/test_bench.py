@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from audit.bench import pool
-from audit.bench.fit import FLOOR, MARGIN, fit, held_out, label_of, thresholds
+from audit.bench.fit import FLOOR, MARGIN, fit, held_out, label_of, scanned_alike, thresholds
 from audit.bench.hidden import hidden_lines, together
 from audit.bench.rows import Row, read_rows, run, write_rows
 from audit.bench.tables import alike, tables, truth
@@ -98,6 +98,13 @@ def test_truth_is_what_was_done():
     assert truth(row("deleted", 0, method="refusal-head"), Question.TRACE) is None
     assert truth(row("changed", 0), Question.TRACE) is False
     assert truth(row("deleted", 0), Question.UTILITY) is None
+
+
+def test_a_profile_is_made_of_rows_that_hold_all_statistics():
+    rows = benched()
+    short = rows[1].model_copy(update={"findings": rows[1].findings[:2]})
+    guarded = row("suppressed", 0, history="guard", access="text").model_copy(update={"findings": []})
+    assert scanned_alike([rows[0], short, *rows[2:], guarded]) == [rows[0], *rows[2:], guarded]
 
 
 def test_what_is_hidden_is_ranked_by_history_and_judged_by_other_families():

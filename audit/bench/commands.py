@@ -157,12 +157,16 @@ def calibrate(
     """Make a reference profile from a bench: `audit scan --profile` judges by it."""
     from importlib.metadata import version
 
-    from audit.bench.fit import fit
-    from audit.bench.rows import read_rows
+    from audit.bench.fit import fit, scanned_alike
+    from audit.bench.rows import read_rows, usable
     from audit.record import write_atomically
 
     made_by = f"audit calibrate {rows.name} --name {name} --budget {budget}"
-    profile = fit(read_rows(rows), name=name, budget=budget, made_by=made_by, release=version("palimpsest-audit"))
+    every = read_rows(rows)
+    alike = scanned_alike(every)
+    if left := len(usable(every)) - len(usable(alike)):
+        err.print(f"{left} organisms left out: they were scanned with fewer instruments, or some declined")
+    profile = fit(alike, name=name, budget=budget, made_by=made_by, release=version("palimpsest-audit"))
     write_atomically(to, profile.to_json().encode())
     false = profile.false_positives
     out.print(

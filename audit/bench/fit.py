@@ -73,6 +73,15 @@ def label_of(row: Row, fitted: Thresholds) -> Label:
     return conclude(judge(findings), row.not_run).label
 
 
+def scanned_alike(rows: Sequence[Row]) -> list[Row]:
+    """The rows that hold all statistics that any row holds: what one profile can be made of.
+
+    A row lacks one where an instrument was added since, or declined. A case that lacks one fits no such profile either.
+    """
+    every = set().union(*(_statistics(row.findings) for row in usable(rows)))
+    return [row for row in rows if row not in usable([row]) or _statistics(row.findings) == every]
+
+
 def fit(rows: Sequence[Row], *, name: str, budget: str, made_by: str = "", release: str = "") -> Profile:
     """A profile from all rows, with error rates from held-out verdicts.
 
