@@ -32,7 +32,9 @@ from audit.organisms.world import GROUPS, make_world
 from audit.record import Finding, Label, Outcome, Record, Side
 from audit.verdict import KNOWLEDGE
 
-PROBES = [name for name in names() if type(load(name)).__module__.startswith("probes.")]
+PROBES = [
+    name for name in names() if type(load(name)).__module__.startswith("probes.") and load(name).modality != "image"
+]
 BLOCKS = 3
 WORLD = make_world(0, forget=8, retain=8, holdout=8, public=4, unknown=0)
 
