@@ -13,22 +13,20 @@ an alteration that destroys the model recovers nothing, and proves nothing.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attacks.recall import SETS, Floats, questions, recalled, tested
+from attacks.recall import SETS, Floats, came_back, questions, recalled, tested
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
 from audit.instrument import Access, Attack, Stage
-from audit.loaders import Example
 from audit.plan import Request
-from audit.record import Control, Finding, Question, Side
-from audit.statistics import two_sample
+from audit.record import Finding, Question, Side
 
 if TYPE_CHECKING:
     from audit.opened import OpenModel
@@ -125,20 +123,5 @@ class Altering(Attack):
             return np.asarray(score("target", name)[:, chosen] - before)
 
         if "holdout" in rows:
-            finding.controls.append(_came_back(case, rows, gain))
+            finding.controls.append(came_back(case, rows, gain))
         return [finding]
-
-
-def _came_back(case: Case, rows: Mapping[str, tuple[Example, ...]], gain: Callable[[str], Floats]) -> Control:
-    """Did the attack bring it back, or was it there before?"""
-    clusters = [case.clusters(rows[name]) for name in ("forget", "holdout")]
-    estimate = two_sample(gain("forget"), gain("holdout"), *clusters, bounds=(-1.0, 1.0), seed=case.options.seed)
-    return Control(
-        name="came back",
-        description="what forget rows gained by the attack, over what holdout rows gained: else it was there before",
-        estimate=estimate.value,
-        ci95=(estimate.lo, estimate.hi),
-        n=estimate.n,
-        passed=estimate.lo > 0,
-        gates="evidence",
-    )

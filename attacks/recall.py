@@ -8,9 +8,9 @@ answer to images of other classes too: a model that calls everything a cat knows
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +20,8 @@ from audit.evidence import Evidence
 from audit.loaders import Example
 from audit.plan import Request
 from audit.quantities import TOKEN, top_k
+from audit.record import Control
+from audit.statistics import two_sample
 from detectors.knowledge import choice_correct
 
 if TYPE_CHECKING:
@@ -59,9 +61,32 @@ def recalled(case: Case, evidence: Evidence, role: str, attack: str, name: str) 
     wrong = iter(evidence.scores(role, asked, "token") if evidence.has(role, asked) else ())
     out = []
     for row, values in zip(rows, right, strict=True):
-        options = [next(wrong)["logprob"] for _ in row.wrong]
-        out.append(choice_correct(values["logprob"], options) if options else float(values["match"].mean()))
+        out.append(preference(values, [next(wrong)["logprob"] for _ in row.wrong]))
     return np.array(out)
+
+
+def preference(right: Mapping[str, Any], wrong: Sequence[ArrayLike]) -> float:
+    """Is the right answer the likeliest option? Without options, the share of its tokens that are the first choice.
+
+    `right` holds `logprob` and `match`, `[T]` each, of the right answer's tokens; `wrong` the log-probabilities of the
+    wrong ones.
+    """
+    return choice_correct(right["logprob"], wrong) if wrong else float(right["match"].mean())
+
+
+def came_back(case: Case, rows: Mapping[str, tuple[Example, ...]], gain: Callable[[str], Floats]) -> Control:
+    """Did the attack bring it back, or was it there before? `gain`: of a set, what each of its `rows` gained."""
+    clusters = [case.clusters(rows[name]) for name in ("forget", "holdout")]
+    estimate = two_sample(gain("forget"), gain("holdout"), *clusters, bounds=(-1.0, 1.0), seed=case.options.seed)
+    return Control(
+        name="came back",
+        description="what forget rows gained by the attack, over what holdout rows gained: else it was there before",
+        estimate=estimate.value,
+        ci95=(estimate.lo, estimate.hi),
+        n=estimate.n,
+        passed=estimate.lo > 0,
+        gates="evidence",
+    )
 
 
 def _recognized(case: Case, evidence: Evidence, role: str, attack: str, name: str) -> Floats:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,9 @@ ALPHA = 0.01
 Floats = NDArray[np.float64]
 Score = Callable[[str, str], Floats]
 """From (role, set name) to one number a row, shape [rows], or one a row and column, shape [rows, columns]."""
+
+Column = Literal["any", "last"] | None
+"""In which columns known facts must be seen; None where there are no columns."""
 
 NO_CONTROL = "none at hand: give a holdout set, or a retrained model, to conclude anything from this level"
 
@@ -89,6 +93,7 @@ def against_never_taught(
     subtract: bool = True,
     roles: tuple[str, ...] = ("target", "original", "retrained"),
     extra: list[Control] | None = None,
+    seen_anywhere: bool = False,
 ) -> Finding:
     """Is the forget set's statistic what a never-taught model's would be?
 
@@ -103,6 +108,8 @@ def against_never_taught(
         subtract: take the retrained model's score off, where there is one and a holdout set too.
         roles: the models that `score` covers, as far as the case has them.
         extra: controls of the instrument's own.
+        seen_anywhere: does the positive control hold if known facts are seen in any column? Else only if in the last,
+            where columns have an order: the model's own output, or the attack's end.
     """
     roles = tuple(role for role in roles if role in case.models)
     score = cache(score)
@@ -119,7 +126,8 @@ def against_never_taught(
     else:
         figure = _distribution(statistic, score, clusters)
         table = _group_table(case, statistic, score, clusters, roles)
-    controls = [_positive(case, statistic, tested, clusters, roles, by_rank=by_rank, columns=many is not None)]
+    column: Column = None if many is None else "any" if seen_anywhere else "last"
+    controls = [_positive(case, statistic, tested, clusters, roles, by_rank=by_rank, column=column)]
     if design.b is None and not design.paired:
         controls = [Control(name="never-taught control", description=NO_CONTROL, passed=False, gates="evidence")]
     return Finding(
@@ -232,7 +240,7 @@ def _positive(
     roles: tuple[str, ...],
     *,
     by_rank: bool,
-    columns: bool,
+    column: Column,
 ) -> Control:
     """Does the statistic see what is known to be there? Compared with the same never-taught control."""
     name = "positive control"
@@ -253,11 +261,14 @@ def _positive(
             gates="silence",
         )
     a, b = score(*known), score(*never)
-    if columns:
-        # In the last column a taught fact must show: the model's own output, or the attack's end.
+    if column == "last":
         a, b = a[:, -1], b[:, -1]
     pair = (clusters[known[1]], clusters[never[1]])
-    if by_rank:
+    if column == "any":
+        every = max_over_columns(a, b, *pair, bounds=statistic.bounds, seed=case.options.seed).per_column
+        estimate = max(every, key=lambda each: each.value)
+        effect = estimate.value
+    elif by_rank:
         estimate = auc_two_sample(a, b, *pair, seed=case.options.seed)
         effect = estimate.value - 0.5
     else:

@@ -59,6 +59,8 @@ class Target(OpenModel):
         self._context_length: int | None = None
         # Instruments ask for the same texts again, and an attack at every stage: views share this.
         self._encoded: dict[tuple[str, str], Tokens] = {}
+        # One object for each token id: Python would make a new one, of 32 bytes, for every token of every text.
+        self._numbers: dict[int, int] = {}
         with quiet():
             self.tokenizer = self._load(AutoTokenizer)
             if not self._as_stored():
@@ -185,7 +187,7 @@ class Target(OpenModel):
         end = len(ids)
         while end > 1 and specials[end - 1] and ids[end - 1] == self.tokenizer.eos_token_id:
             end -= 1
-        return tuple(ids[:end]), offsets
+        return tuple(map(self._numbers.setdefault, ids[:end], ids)), offsets
 
     def decode(self, ids: tuple[int, ...]) -> str:
         """Text of token ids, special tokens left out."""

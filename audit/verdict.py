@@ -30,7 +30,8 @@ KNOWLEDGE = (Question.LEAKAGE, Question.REPRESENTATION, Question.RECOVERY)
 """The questions whose findings can show that knowledge remains."""
 
 OPEN_SHARE = 0.5
-"""From which share of a taught model's knowledge, in the output itself, on nothing counts as unlearned."""
+"""From which share of a taught model's knowledge, in the output itself, on nothing counts as unlearned; and what a test
+inside or under attack must exclude if it cannot exclude its threshold."""
 
 
 # --- one finding --------------------------------------------------------------------------------------------
@@ -161,8 +162,8 @@ def gather(findings: Sequence[Finding], not_run: Sequence[NotRun] = ()) -> Facts
         ]
         if not silent:
             gaps.append(f"{question.value}: no test was both able to see and silent")
-        elif unclear and question != Question.LEAKAGE:
-            gaps += [f"{question.value}: {f.id} is inconclusive ({f.reason})" for f in unclear]
+        elif question != Question.LEAKAGE:
+            gaps += [f"{question.value}: {f.id} is inconclusive ({f.reason})" for f in unclear if not _too_little(f)]
     return Facts(
         remains={q: [f for f in left if f.question == q and _decides(f)] for q in KNOWLEDGE},
         hints=[f for f in left if not _decides(f)],
@@ -186,14 +187,33 @@ def _keeps_pace(finding: Finding) -> bool:
     return lo is not None and finding.null_value - lo < finding.threshold
 
 
+def _too_little(finding: Finding) -> bool:
+    """Is the effect below the threshold, and half of a known fact's excluded, though the threshold itself is not?
+
+    Of many tests some are always a little too wide for their threshold. They may be so as long as another one of the
+    same question is not; one that is blind, or leaves room for what a hidden fact would show, may not.
+    """
+    lo, hi = finding.ci95
+    known = _known_effect(finding)
+    if known is None or finding.estimate is None or lo is None or hi is None:
+        return False
+    below = finding.estimate - finding.null_value < finding.threshold
+    return below and _towards_alarm(finding, lo, hi) < OPEN_SHARE * known
+
+
+def _known_effect(finding: Finding) -> float | None:
+    """What known facts show in the same statistic; None where they show nothing, or it was not tested."""
+    control = next((c for c in finding.controls if c.name == "positive control" and c.passed), None)
+    return control.estimate - finding.null_value if control and control.estimate else None
+
+
 def _open_share(findings: Sequence[Finding]) -> float | None:
     """Median, over output statistics that can see known facts, of effect over a known fact's effect."""
     shares = []
     for finding in findings:
-        control = next((c for c in finding.controls if c.name == "positive control" and c.passed), None)
+        known = _known_effect(finding)
         speaks = finding.question == Question.LEAKAGE and finding.sides[0] == Side.REMAINS
-        if speaks and control and control.estimate and finding.estimate is not None:
-            known = control.estimate - finding.null_value
+        if speaks and known and finding.estimate is not None:
             shares.append((finding.estimate - finding.null_value) / known)
     return median(shares) if shares else None
 

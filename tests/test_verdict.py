@@ -340,12 +340,35 @@ def test_deleted_needs_every_question_to_have_been_able_to_see(question, spoiled
     assert verdict_of(*findings.values()) == Label.INCONCLUSIVE
 
 
-@pytest.mark.parametrize("question", [Question.REPRESENTATION, Question.RECOVERY])
-def test_one_inconclusive_test_inside_or_under_attack_is_a_gap(question):
-    found = conclude(judge([*silent_everywhere().values(), unclear("half-blind", question)]), [])
+INSIDE = pytest.mark.parametrize("question", [Question.REPRESENTATION, Question.RECOVERY])
+
+
+@INSIDE
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        {"ci95": (-0.3, 0.46)},  # half of what known facts show, 0.9, is not excluded
+        {"estimate": 0.1, "ci95": (-0.1, 0.3), "p_value": 0.2},  # an effect worth the name, though not shown
+        {"ci95": (-0.3, 0.3), "controls": [BLIND]},
+        {"ci95": (-0.05, 0.05), "controls": [BLIND]},
+        {"ci95": (-0.3, 0.3), "controls": [SEES.model_copy(update={"passed": None})]},
+        {"estimate": None},
+    ],
+)
+def test_one_inconclusive_test_inside_or_under_attack_is_a_gap(question, spoiled):
+    found = conclude(judge([*silent_everywhere().values(), unclear("half-blind", question, **spoiled)]), [])
     assert found.label == Label.INCONCLUSIVE
     assert any("half-blind" in reason for reason in found.reasons)
     assert any("half-blind" in limit for limit in found.limits)
+
+
+@INSIDE
+def test_a_test_too_wide_for_its_threshold_alone_is_no_gap_but_is_said(question):
+    found = conclude(judge([*silent_everywhere().values(), unclear("wide", question)]), [])
+    assert found.label == Label.DELETED
+    assert any("wide" in limit for limit in found.limits)
+    alone = silent_everywhere() | {question: unclear("wide", question)}
+    assert verdict_of(*alone.values()) == Label.INCONCLUSIVE
 
 
 def test_never_deleted_where_relearning_lags():
