@@ -57,6 +57,8 @@ class Altering(Attack):
     modality = "any"
     sets = ("forget", "retain")
     statistic: Statistic
+    axis: ClassVar[str] = "alteration"
+    """What the alterations differ in, in a word or two: for figure and table."""
     alarms: ClassVar[bool] = True
     """Does it mean anything that facts come back? Not where they come back in a model that never knew them."""
 
@@ -111,7 +113,7 @@ class Altering(Attack):
             if name in case.sets
         }
         finding = against_never_taught(
-            self, case, evidence, self.statistic, score, columns=(self.name, names), rows=rows, roles=roles
+            self, case, evidence, self.statistic, score, columns=(self.axis, names), rows=rows, roles=roles
         )
         # Rows that an alteration makes worse were hidden by an edit, or hang on small weights: no reason for alarm.
         alarm = Side.REMAINS if self.alarms else Side.NEITHER

@@ -64,6 +64,7 @@ class Graft(Altering):
     name = "graft"
     title = "Does it come back under the original's last layers?"
     roles = ("original",)
+    axis = "layers grafted"
     reference = _SOURCE
     statistic = Statistic(
         "recovered", "grafting: right answers preferred under the original's upper layers", "accuracy",

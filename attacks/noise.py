@@ -46,6 +46,7 @@ class Noise(Altering):
     name = "noise"
     title = "Does it come back under noise in the embeddings?"
     modality = "text"
+    axis = "strength"
     reference = _SOURCE
     statistic = Statistic(
         "recovered", "embedding noise: right answers preferred when the embeddings are shaken", "accuracy",

@@ -81,6 +81,7 @@ class Orthogonalize(Altering):
     title = "Does it come back when one direction is projected out?"
     modality = "text"
     roles = ("original",)
+    axis = "source of the direction"
     reference = _SOURCE
     statistic = Statistic(
         "recovered", "orthogonalization: right answers preferred without the direction of the change", "accuracy",

@@ -9,13 +9,13 @@ asked in the same ways, with the same options. Having chosen among ways is paid 
 answered before needed no attack: a control asks what the forget facts gained over plain asking.
 
 At text access, and at budget thorough, the model also writes an answer to every question, and what is said is compared
-with the right one (ROUGE-L recall).
+with the right one (ROUGE-L recall). The table ends with plain asking, and with each group of rows where they have one.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from attacks.recall import SETS, Floats, came_back, preference
+from audit.asking import new_tokens
 from audit.case import Budget, Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
@@ -31,16 +32,15 @@ from audit.instrument import Access, Instrument
 from audit.loaders import Example
 from audit.plan import Generate, Request
 from audit.record import Finding, Question, Side
+from audit.statistics import mean_estimate
 from audit.tokens import Tokens, common_prefix
-from detectors.answers import new_tokens
 from detectors.knowledge import rouge_l_recall
 
 if TYPE_CHECKING:
     from audit.target import Target
 
-_ROLES = ("target", "retrained")
-_PLAIN = "as asked"
-_OPTIONS = 4
+PLAIN = "as asked"
+OPTIONS = 4
 """Wrong answers a question, at most: every way costs a pass for each."""
 
 
@@ -62,7 +62,7 @@ class Asked:
 
 def plainly(row: Example) -> Asked:
     """A row as it stands."""
-    return Asked(row.prompt, row.answer, tuple(row.wrong[:_OPTIONS]))
+    return Asked(row.prompt, row.answer, tuple(row.wrong[:OPTIONS]))
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,17 @@ class Way:
     Attributes:
         name: as in the figure.
         ask: from a row of a set to the question; where the way does not fit a row, `plainly(row)`.
+        foreign: in words of its own that a tokenizer may have no tokens for; it is then left out.
     """
 
     name: str
     ask: Callable[[Example], Asked]
+    foreign: bool = False
+
+
+def fitting(ways: Sequence[Way], rows: Sequence[Example]) -> list[Way]:
+    """Those ways that ask some row otherwise than it stands."""
+    return [way for way in ways if any(way.ask(row) != plainly(row) for row in rows)]
 
 
 class Prompting(Instrument):
@@ -87,6 +94,7 @@ class Prompting(Instrument):
     preferred: Statistic
     said: Statistic
     axis: ClassVar[str] = "way of asking"
+    asked_roles: ClassVar[tuple[str, ...]] = ("target", "retrained")
 
     @abstractmethod
     def ways(self, case: Case) -> Sequence[Way]:
@@ -97,7 +105,7 @@ class Prompting(Instrument):
         reason = super().missing(case)
         if reason is None and not all(row.prompt for name in SETS if name in case.sets for row in case.rows(name)):
             return "needs a prompt in every row"
-        return reason
+        return reason or (None if self.ways(case) else "no way of asking fits the rows of the forget set")
 
     def rows(self, case: Case, name: str) -> tuple[Example, ...]:
         """The rows of a set that are asked in every way."""
@@ -105,10 +113,12 @@ class Prompting(Instrument):
 
     def requests(self, case: Case, target: Target) -> list[Request | Generate]:
         """Every row in every way, and as it stands: its answers scored, and, where that is to be seen, written."""
-        if target.role not in _ROLES:
+        if target.role not in self.asked_roles:
             return []
         made: list[Request | Generate] = []
-        for way in (Way(_PLAIN, plainly), *self.ways(case)):
+        rows = self.rows(case, "forget")
+        ways = [way for way in self.ways(case) if not way.foreign or _writable(target, way, rows)]
+        for way in (Way(PLAIN, plainly), *ways):
             for name in (name for name in SETS if name in case.sets):
                 asked = [way.ask(row) for row in self.rows(case, name)]
                 where = f"{self.name}/{way.name}/{name}"
@@ -133,7 +143,7 @@ class Prompting(Instrument):
     def _finding(
         self, case: Case, evidence: Evidence, statistic: Statistic, value: Callable[[str, str, Way], Floats]
     ) -> Finding:
-        ways = list(self.ways(case))
+        ways = [way for way in self.ways(case) if self._was_asked(case, evidence, way)]
         rows = {name: self.rows(case, name) for name in SETS if name in case.sets}
         values = cache(value)
 
@@ -148,7 +158,7 @@ class Prompting(Instrument):
             score,
             columns=(self.axis, [way.name for way in ways]),
             rows=rows,
-            roles=_ROLES,
+            roles=self.asked_roles,
             seen_anywhere=True,
         )
         # Asked otherwise a fact may be preferred less: wording that the model does not understand, no reason for alarm.
@@ -156,11 +166,35 @@ class Prompting(Instrument):
         chosen = next((way for way in ways if way.name == finding.layer), ways[0])
 
         def gain(name: str) -> Floats:
-            return np.asarray(values("target", name, chosen) - values("target", name, Way(_PLAIN, plainly)))
+            return np.asarray(values("target", name, chosen) - values("target", name, Way(PLAIN, plainly)))
 
         if "holdout" in rows:
             finding.controls.append(came_back(case, rows, gain))
+        if finding.table is not None:
+            finding.table.rows += self._plain(case, rows, values)
         return finding
+
+    def _was_asked(self, case: Case, evidence: Evidence, way: Way) -> bool:
+        """Of every model: a way is left out where a tokenizer cannot write it."""
+        roles = [role for role in self.asked_roles if role in case.models]
+        where = f"{self.name}/{way.name}/forget"
+        return all(evidence.has(role, where) or evidence.has(role, f"{where}/said") for role in roles)
+
+    def _plain(
+        self, case: Case, rows: Mapping[str, tuple[Example, ...]], values: Callable[[str, str, Way], Floats]
+    ) -> list[list[str | int | float | None]]:
+        """Rows of the table for plain asking: of every set, and of each group of its rows where they have groups."""
+        table: list[list[str | int | float | None]] = []
+        for role in (role for role in self.asked_roles if role in case.models):
+            for name, asked in rows.items():
+                found, clusters = values(role, name, Way(PLAIN, plainly)), np.array(case.clusters(asked))
+                groups = np.array([row.group for row in asked])
+                for group in ("", *sorted(set(groups[groups != ""]))):
+                    kept = groups == group if group else np.full(len(asked), True)
+                    mean = mean_estimate(found[kept], clusters[kept], bounds=(0.0, 1.0), seed=case.options.seed)
+                    label = f"{PLAIN}: {group}" if group else PLAIN
+                    table.append([role, name, label, mean.value, mean.lo, mean.hi])
+        return table
 
     def _preferred(self, case: Case, evidence: Evidence, role: str, name: str, way: Way) -> Floats:
         where = f"{self.name}/{way.name}/{name}"
@@ -190,6 +224,13 @@ def _begun(target: Target, asked: Asked, room: int) -> tuple[int, ...]:
     if not asked.opening:
         return target.encode_prompt(asked.prompt, room=room)
     return target.encode(asked.prompt, asked.opening).ids[-max(1, target.context_length - room) :]
+
+
+def _writable(target: Target, way: Way, rows: Sequence[Example]) -> bool:
+    """Has the tokenizer tokens for what this way adds to the rows' prompts?"""
+    unknown = target.tokenizer.unk_token_id
+    asked = [(target.encode_prompt(way.ask(row).prompt), target.encode_prompt(row.prompt)) for row in rows]
+    return unknown is None or all(new.count(unknown) <= old.count(unknown) for new, old in asked)
 
 
 def _writes(case: Case) -> bool:

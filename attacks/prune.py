@@ -100,6 +100,7 @@ class Prune(Altering):
 
     name = "prune"
     title = "Does it come back when small weights are removed?"
+    axis = "sparsity"
     reference = _SOURCE
     statistic = Statistic(
         "recovered", "pruning: right answers preferred after small weights were removed", "accuracy",

@@ -97,6 +97,7 @@ class Quantize(Altering):
 
     name = "quantize"
     title = "Does it come back when the weights are rounded?"
+    axis = "scheme"
     reference = _SOURCE
     statistic = Statistic(
         "recovered", "quantization: right answers preferred after rounding the weights", "accuracy",

@@ -36,12 +36,12 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from attacks.shadow_scores import Flags, Floats, average_probability, lira_scores, random_halves, rmia_scores
 from audit.case import Case
 from audit.contrast import Score, Statistic, against_never_taught
-from audit.controls import SEPARABLE
+from audit.controls import retrained_control, untaught_control
 from audit.errors import Incomplete
 from audit.evidence import Evidence
 from audit.finetune import learning_rate
@@ -49,15 +49,12 @@ from audit.instrument import Access, Attack, Stage
 from audit.plan import Request
 from audit.quantities import TOKEN
 from audit.record import Control, Finding, Question
-from audit.statistics import auc_two_sample, clopper_pearson, cluster_index, tpr_at_fpr
-from detectors.image_membership import LOG_ODDS, split_control
+from audit.statistics import auc_two_sample, clopper_pearson, tpr_at_fpr
+from detectors.image_membership import LOG_ODDS
 from detectors.recognition import decided, decisions, like_with_like
 
 if TYPE_CHECKING:
     from audit.image_target import ImageTarget
-
-Floats = NDArray[np.float64]
-Flags = NDArray[np.bool_]
 
 _LIRA = "LiRA (Carlini et al. 2022, arXiv 2112.03570), offline"
 _RMIA = "RMIA (Zarifzadeh et al. 2024, arXiv 2312.03262)"
@@ -76,76 +73,6 @@ RMIA = Statistic(
     "rmia", "RMIA: likelihood ratio to shadow models, against population images", "score", _ORIENTATION,
     None, 0.1, _RMIA,
 )  # fmt: skip
-
-
-def lira_scores(target: ArrayLike, shadows: ArrayLike, inside: ArrayLike, fewest: int = 32) -> Floats:
-    """Offline LiRA, log Phi((f - mean) / spread), [n]: at most 0, larger = likelier a member.
-
-    `target` [n] and `shadows` [n, k] hold log-odds of the right class, `inside` [n, k] which model saw which image.
-    Mean and spread are those of the models that did not; the spread is the images' common one unless all have `fewest`
-    such models. Raises ValueError for shapes that do not fit, an image that every model saw, or no spread to be had.
-    """
-    f = np.asarray(target, np.float64)
-    others, seen = _shaped(shadows, inside)
-    if f.shape != others.shape[:1]:
-        raise ValueError(f"target has shape {f.shape}, shadows {others.shape}")
-    outside = ~seen
-    count = outside.sum(axis=1)
-    if not count.all():
-        raise ValueError(f"inside: {int((count == 0).sum())} images were seen by every model")
-    mean = np.where(outside, others, 0.0).sum(axis=1) / count
-    squares = (np.where(outside, others - mean[:, None], 0.0) ** 2).sum(axis=1)
-    free = count - 1 if count.min() >= fewest else np.full(len(f), (count - 1).sum())
-    squares = squares if count.min() >= fewest else np.full(len(f), squares.sum())
-    if not free.all() or not squares.all():
-        raise ValueError("shadows: no two models that did not see an image differ on it: there is no spread")
-    return np.asarray(special.log_ndtr((f - mean) / np.sqrt(squares / free)))
-
-
-def average_probability(shadows: ArrayLike, inside: ArrayLike) -> Floats:
-    """log q, [n]: half the mean probability over models that saw an image, half that over those that did not.
-
-    `shadows` [n, k] hold log-probabilities, `inside` [n, k] which model saw which image. Where all did, or none, the
-    mean over all. Raises ValueError for shapes that do not fit.
-    """
-    logs, seen = _shaped(shadows, inside)
-    p = np.exp(np.maximum(logs, -700.0))  # 0 has no logarithm
-    counts = [side.sum(axis=1) for side in (seen, ~seen)]
-    means = [(p * side).sum(axis=1) / np.maximum(n, 1) for side, n in zip((seen, ~seen), counts, strict=True)]
-    return np.asarray(np.log((means[0] + means[1]) / ((counts[0] > 0) + (counts[1] > 0).astype(int))))
-
-
-def rmia_scores(
-    target: ArrayLike, average: ArrayLike, z_target: ArrayLike, z_average: ArrayLike, gamma: float = 1.0
-) -> Floats:
-    """RMIA, the share of population images z with (p(x)/q(x)) / (p(z)/q(z)) > gamma, [n]: larger = likelier a member.
-
-    `target` and `average` [n] hold log p and log q of the images, `z_target` and `z_average` [m] of the population's.
-    Raises ValueError for shapes that do not fit, or a gamma that is not positive.
-    """
-    x, z = (
-        np.asarray(p, np.float64) - np.asarray(q, np.float64) for p, q in ((target, average), (z_target, z_average))
-    )
-    if x.ndim != 1 or z.ndim != 1 or not z.size or gamma <= 0:
-        raise ValueError(f"log-probabilities of shapes {x.shape} and {z.shape}, gamma {gamma}: 1-D and > 0 are needed")
-    return np.searchsorted(np.sort(z), x - math.log(gamma), "left") / len(z)
-
-
-def _shaped(shadows: ArrayLike, inside: ArrayLike) -> tuple[Floats, Flags]:
-    values, seen = np.asarray(shadows, np.float64), np.asarray(inside, np.bool_)
-    if values.ndim != 2 or values.shape != seen.shape or not values.size:
-        raise ValueError(f"shadows has shape {values.shape}, inside {seen.shape}: both must be [images, models]")
-    return values, seen
-
-
-def random_halves(clusters: ArrayLike, models: int, seed: int) -> Flags:
-    """Which of some models is trained on which rows, [n, models]: every cluster, whole, by exactly half of them."""
-    index = cluster_index(clusters, np.size(clusters), "clusters")
-    order = np.random.default_rng(seed).random((index.max() + 1, models)).argsort(axis=1)
-    return np.asarray(order[index] < models // 2)
-
-
-# --- instrument ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -244,7 +171,7 @@ class Shadow(Attack):
                     batch=recipe.batch,
                     learning_rate=recipe.learning_rate,
                     seed=seed,
-                    progress=partial(_shown, tick, i, recipe.models),
+                    progress=partial(overall, tick, i, recipe.models),
                 )
             except Incomplete as error:  # a shadow that diverged ends this attack, not the scan
                 raise RuntimeError(f"{stage.name}: {error}") from error
@@ -262,7 +189,7 @@ class Shadow(Attack):
                 score,
                 auc=True,
                 subtract=False,
-                extra=[*_trial(case, statistic, score), *split_control(case, score), _at_few_alarms(score)],
+                extra=[*_trial(case, statistic, score), *retrained_control(case, score), _at_few_alarms(score)],
             )
             for statistic, score in ((LIRA, _lira(case, evidence)), (RMIA, _rmia(case, evidence)))
         ]
@@ -277,7 +204,7 @@ class Shadow(Attack):
         }
 
 
-def _shown(tick: Any, before: int, models: int, done: int, total: int) -> None:
+def overall(tick: Any, before: int, models: int, done: int, total: int) -> None:
     """Progress of one model as progress of all."""
     tick(before * total + done, models * total)
 
@@ -362,14 +289,10 @@ def _trial(case: Case, statistic: Statistic, score: Score) -> list[Control]:
             passed=members.lo > 0.5 and members.value >= 0.5 + statistic.threshold,
             gates="silence",
         ),
-        Control(
-            name="forget and holdout alike",
-            description="forget against holdout images in the shadow models, which were trained on half of either",
-            estimate=split.value,
-            ci95=(split.lo, split.hi),
-            n=split.n,
-            passed=split.lo <= 0.5 <= split.hi or abs(split.value - 0.5) < SEPARABLE,
-            gates="evidence",
+        untaught_control(
+            "forget and holdout alike",
+            "forget against holdout images in the shadow models, which were trained on half of either",
+            split,
         ),
     ]
 

@@ -56,6 +56,7 @@ class TaskVector(Altering):
     title = "Does it come back on the way to the original?"
     roles = ("original",)
     alarms = False
+    axis = "part of the way"
     reference = _SOURCE
     statistic = Statistic(
         "recovered", "task vector: right answers preferred on the way back to the original", "accuracy",

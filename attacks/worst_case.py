@@ -44,59 +44,36 @@ Traps:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import special
 
-from attacks import shadow
+from attacks import shadow, subsets
 from attacks.selection import select
+from attacks.subsets import METHODS
 from audit.case import Case
 from audit.errors import Incomplete
 from audit.evidence import Evidence
 from audit.finetune import learning_rate
 from audit.instrument import Access, Attack, Stage
-from audit.loaders import Example
 from audit.plan import Request
-from audit.quantities import TOKEN, Quantity, View
+from audit.quantities import recorded_by_attack
 from audit.record import Control, Figure, Finding, Question, Series, Side, Table
-from audit.statistics import Estimate, mean_estimate, two_sample
-from detectors.recognition import decided, decisions, like_with_like
+from audit.statistics import mean_estimate
+from detectors.recognition import decisions
 
 if TYPE_CHECKING:
-    import torch
-
     from audit.image_target import ImageTarget
     from audit.organisms.imaging.world import Images
 
-Floats = NDArray[np.float64]
-Indices = NDArray[np.intp]
-
 _SOURCE = "Challenging Forgets (Fan et al. 2024, arXiv 2403.07362)"
-
-
-def _recorded_by_the_attack(_: View) -> dict[str, torch.Tensor]:
-    raise NotImplementedError("recorded while images are chosen, not by a pass")
-
-
-METHODS = ("fine-tune", "random-labels", "retrained")
-"""How a subset is unlearned: the first is what the choice is made against, the last what never taught it."""
-SELECTION = Quantity("worst-case-selection", _recorded_by_the_attack)
-"""Recorded once, at the first image: `weight` and `chosen` of every image of the pool, [1, n]."""
-
-_SELECTED = "selected"
-_WORST = "worst"
-_SUBSETS = {"quick": 5, "standard": 8, "thorough": 20}
-_BESIDE = 2  # random subsets that the other methods unlearn
-_SHARE = 5  # at most a fifth of the pool is chosen
 _FEWEST = 20
-_THRESHOLD = 0.1
-_BOUNDS = (-1.0, 1.0)
+
+SELECTION = recorded_by_attack("worst-case-selection")
+"""Recorded once, at the first image: `weight` and `chosen` of every image of the pool, [1, n]."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +142,7 @@ def unlearn(
 class WorstCase(Attack):
     """How much more is left of the images that unlearning would forget worst than of any others?"""
 
-    name = "worst-case"
+    name = subsets.NAME
     title = "Which images would be forgotten worst?"
     question = Question.UTILITY
     access = Access.WEIGHTS
@@ -178,9 +155,9 @@ class WorstCase(Attack):
         reason = super().missing(case)
         if reason is not None:
             return reason
-        if len(_pool(case)) < _FEWEST:
+        if len(subsets.images(case)) < _FEWEST:
             return f"needs at least {_FEWEST} images in forget and retain set together"
-        if len({row.answer for row in _pool(case)}) < 2:
+        if len({row.answer for row in subsets.images(case)}) < 2:
             return "needs images of at least two classes in forget and retain set together"
         if self.name not in case.options.only:
             return "asks about a method, not about this model: it trains many, and runs when asked for by name (--only)"
@@ -189,18 +166,18 @@ class WorstCase(Attack):
     def requests(self, case: Case, target: ImageTarget) -> list[Request]:
         """Of every unlearned copy the decisions on the whole pool and on unseen images; of the choice, the weights."""
         host, _, stage = target.role.partition("+")
-        if host != _host(case) or (stage and not stage.startswith(f"{self.name}-")):
+        if host != subsets.host(case) or (stage and not stage.startswith(f"{self.name}-")):
             return []
-        if stage == f"{self.name}-{_SELECTED}":
-            return [Request(f"{self.name}/selection", (target.show(_pool(case)[0]),), (SELECTION,))]
-        unseen = _unseen(case)
+        if stage == f"{self.name}-{subsets.SELECTED}":
+            return [Request(f"{self.name}/selection", (target.show(subsets.images(case)[0]),), (SELECTION,))]
+        unseen = subsets.unseen_set(case)
         return decisions(case, target, ("forget", "retain", *([unseen] if unseen else [])))
 
     def cost(self, case: Case, target: ImageTarget) -> str:
         """How many models are trained, on how much."""
-        recipe, plan = recipe_for(case, target), _plan(case)
+        recipe, plan = recipe_for(case, target), subsets.plan(case)
         fresh = sum(method == "retrained" for method, _ in plan)
-        images = len(_pool(case)) - _size(case)
+        images = len(subsets.images(case)) - subsets.size(case)
         return (
             f": {len(plan) - fresh} models unlearn for {recipe.epochs} epochs on {images} images, {fresh} are trained "
             f"from nothing for {recipe.fresh_epochs}"
@@ -208,12 +185,12 @@ class WorstCase(Attack):
 
     def stages(self, case: Case, target: ImageTarget) -> list[Stage]:
         """The choice, then each subset unlearned by each method; of the original, where there is one."""
-        if target.role != _host(case):
+        if target.role != subsets.host(case):
             return []
         options = case.options
         sets = ",".join(case.sets[name].digest for name in ("forget", "retain"))
         given = f"{recipe_for(case, target)}/{options.seed}/{options.budget.value}/{sets}"
-        names = (_SELECTED, *(f"{method}-{subset}" for method, subset in _plan(case)))
+        names = (subsets.SELECTED, *(f"{method}-{subset}" for method, subset in subsets.plan(case)))
         return [Stage(f"{self.name}-{name}", f"{given}/{name}") for name in names]
 
     def run(self, case: Case, target: ImageTarget, tick: Any) -> Iterator[Stage]:
@@ -222,24 +199,29 @@ class WorstCase(Attack):
 
         from audit.organisms.imaging.world import Images
 
-        recipe, model, pool = recipe_for(case, target), target.model, _pool(case)
+        recipe, model, pool = recipe_for(case, target), target.model, subsets.images(case)
         first, *stages = self.stages(case, target)
         shown = target.pixels([row.picture.pixels for row in pool if row.picture is not None]).float()
         every = Images(shown, torch.tensor([target.label(row.answer) for row in pool], device=target.device))
         model.float().requires_grad_(True)
         begun = {name: value.clone() for name, value in model.state_dict().items()}
         found = select(
-            model, every, _size(case), seed=case.options.seed, batch=recipe.batch, learning_rate=recipe.select_rate
+            model,
+            every,
+            subsets.size(case),
+            seed=case.options.seed,
+            batch=recipe.batch,
+            learning_rate=recipe.select_rate,
         )
         model.to(target.dtype).requires_grad_(False)
         chosen = np.isin(np.arange(len(pool)), found.chosen)
         kept = {SELECTION.name: {"weight": found.weights[None], "chosen": chosen[None]}}
         yield Stage(first.name, first.recipe, ((target.show(pool[0]), kept),))
-        subsets: dict[str, Indices] = {_WORST: found.chosen} | {str(i): drawn for i, drawn in enumerate(_drawn(case))}
-        for i, (stage, (method, subset)) in enumerate(zip(stages, _plan(case), strict=True)):
+        named = subsets.by_name(case, found.chosen)
+        for i, (stage, (method, subset)) in enumerate(zip(stages, subsets.plan(case), strict=True)):
             model.float().requires_grad_(True)
             model.load_state_dict(begun)
-            within = torch.from_numpy(np.isin(np.arange(len(pool)), subsets[subset])).to(target.device)
+            within = torch.from_numpy(np.isin(np.arange(len(pool)), named[subset])).to(target.device)
             try:
                 unlearn(
                     model,
@@ -248,7 +230,7 @@ class WorstCase(Attack):
                     every.take(~within),
                     recipe,
                     case.options.seed + 1000 * (1 + i),
-                    partial(_shown, tick, i, len(stages)),
+                    partial(shadow.overall, tick, i, len(stages)),
                 )
             except Incomplete as error:  # a copy that diverged ends this attack, not the scan
                 raise RuntimeError(f"{stage.name}: {error}") from error
@@ -257,21 +239,21 @@ class WorstCase(Attack):
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
         """What is known of the chosen images against what is known of random ones, after the same unlearning."""
-        known = _Known(case, evidence)
+        known = subsets.Known(case, evidence)
         seed, gap = case.options.seed, known.gap(METHODS[0])
-        controls = [_spread(known), _room(known), *(_beside(known, method) for method in METHODS[1:]), _who(known)]
-        if _host(case) == "target":
+        controls = subsets.controls(known)
+        if subsets.host(case) == "target":
             controls.append(
                 Control(
                     name="without the original",
                     description="no original model is at hand: the choice is made in the target, of what is left there",
                 )
             )
-        m, n, unseen = _size(case), len(_pool(case)), _unseen(case)
+        m, n, unseen = subsets.size(case), len(subsets.images(case)), subsets.unseen_set(case)
         levels = {
-            (method, kind): mean_estimate(*known.of(method, kind), bounds=_BOUNDS, seed=seed)
+            (method, kind): mean_estimate(*known.of(method, kind), bounds=subsets.BOUNDS, seed=seed)
             for method in ("before", *METHODS)
-            for kind in (_WORST, "random")
+            for kind in (subsets.WORST, "random")
         }
         series = [
             Series(
@@ -282,7 +264,7 @@ class WorstCase(Attack):
                 hi=[e.hi for (_, of), e in levels.items() if of == kind],
                 role=style,
             )
-            for kind, label, style in ((_WORST, "chosen", "target"), ("random", "random subsets", "control"))
+            for kind, label, style in ((subsets.WORST, "chosen", "target"), ("random", "random subsets", "control"))
         ]
         beyond = f", beyond unseen images ({unseen})" if unseen else ""
         words = f"probability of the right class after unlearning{beyond}"
@@ -292,17 +274,17 @@ class WorstCase(Attack):
                 instrument=self.name,
                 question=self.question,
                 statistic=f"worst-case forget set, fine-tuning on the rest: {words}",
-                split=f"chosen vs random subsets, {m} of {n} images, {_host(case)}",
+                split=f"chosen vs random subsets, {m} of {n} images, {subsets.host(case)}",
                 estimate=gap.value,
                 ci95=(gap.lo, gap.hi),
-                level=levels[METHODS[0], _WORST].value,
+                level=levels[METHODS[0], subsets.WORST].value,
                 n=gap.n,
                 unit="probability",
                 orientation="more is left of the images that unlearning forgets worst than of images drawn at random",
                 null="as much is left of the chosen images as of images drawn at random",
                 p_value=gap.p_value,
                 smallest_p=gap.smallest_p,
-                threshold=_THRESHOLD,
+                threshold=subsets.THRESHOLD,
                 noise=max(evidence.noise.values(), default=0.0),
                 decides=(False, False),
                 sides=(Side.NEITHER, Side.NEITHER),
@@ -320,7 +302,7 @@ class WorstCase(Attack):
                 table=Table(
                     columns=["unlearned by", "images", "mean (probability)", "95 % from", "to", "accuracy", "models"],
                     rows=[
-                        [method, "chosen" if kind == _WORST else kind, e.value, e.lo, e.hi,
+                        [method, "chosen" if kind == subsets.WORST else kind, e.value, e.lo, e.hi,
                          known.accuracy(method, kind), len(known.runs(method, kind))]
                         for (method, kind), e in levels.items()
                     ],
@@ -330,170 +312,10 @@ class WorstCase(Attack):
 
     def examples(self, case: Case, evidence: Evidence) -> dict[str, dict[str, float | str]]:
         """Per forget image its weight in the choice, and whether it was chosen."""
-        known = _Known(case, evidence)
+        known = subsets.Known(case, evidence)
         return {
             row.id: {"worst-case weight": float(weight), "forgotten worst": float(chosen)}
             for row, weight, chosen in zip(
                 case.rows("forget"), known.weights, np.isin(np.arange(len(known.weights)), known.chosen), strict=False
             )
         }
-
-
-def _shown(tick: Any, before: int, models: int, done: int, total: int) -> None:
-    """Progress of one model as progress of all."""
-    tick(before * total + done, models * total)
-
-
-def _host(case: Case) -> str:
-    """The model that is asked which of its training images would be forgotten worst."""
-    return "original" if "original" in case.models else "target"
-
-
-def _unseen(case: Case) -> str | None:
-    """A set of images that the model was not trained on, of classes that it was taught."""
-    if "utility" in case.sets:
-        return "utility"
-    return "holdout" if "holdout" in case.sets and like_with_like(case) else None
-
-
-def _pool(case: Case) -> tuple[Example, ...]:
-    """The images to choose from; forget images first."""
-    return case.rows("forget") + case.rows("retain")
-
-
-def _size(case: Case) -> int:
-    """Images to choose: as many as are to be forgotten, at most a fifth of all."""
-    return min(len(case.rows("forget")), len(_pool(case)) // _SHARE)
-
-
-def _drawn(case: Case) -> list[Indices]:
-    """The random subsets."""
-    n, m = len(_pool(case)), _size(case)
-    return [
-        np.sort(np.random.default_rng([case.options.seed, i]).permutation(n)[:m])
-        for i in range(_SUBSETS[case.options.budget.value])
-    ]
-
-
-def _plan(case: Case) -> list[tuple[str, str]]:
-    """(method, subset) of every model that is made."""
-    count = _SUBSETS[case.options.budget.value]
-    return [
-        (method, subset)
-        for method in METHODS
-        for subset in (_WORST, *map(str, range(count if method == METHODS[0] else _BESIDE)))
-    ]
-
-
-class _Known:
-    """What models know of the chosen subset and of random ones: `known` of every image, and its cluster."""
-
-    def __init__(self, case: Case, evidence: Evidence) -> None:
-        self.case, self.evidence, self.host = case, evidence, _host(case)
-        kept = evidence.scores(f"{self.host}+{WorstCase.name}-{_SELECTED}", f"{WorstCase.name}/selection")[0]
-        self.weights: Floats = kept["weight"][0]
-        self.chosen: Indices = np.flatnonzero(kept["chosen"][0])
-        self._clusters = np.array(case.clusters(_pool(case)))
-
-    def runs(self, method: str, kind: str) -> list[tuple[str, Indices]]:
-        """(role, subset) of the chosen subset, or of all random ones; `before` unlearning all under one role."""
-        subsets = {_WORST: self.chosen} | {str(i): drawn for i, drawn in enumerate(_drawn(self.case))}
-        if method == "before":
-            return [(self.host, subset) for name, subset in subsets.items() if (name == _WORST) == (kind == _WORST)]
-        return [
-            (f"{self.host}+{WorstCase.name}-{method}-{name}", subsets[name])
-            for each, name in _plan(self.case)
-            if each == method and (name == _WORST) == (kind == _WORST)
-        ]
-
-    def means(self, method: str) -> list[float]:
-        """Mean of every random subset."""
-        return [float(self._values(*run).mean()) for run in self.runs(method, "random")]
-
-    def of(self, method: str, kind: str) -> tuple[Floats, list[str]]:
-        """Values of all images of these subsets, and their clusters: an image in two random subsets has one."""
-        runs = self.runs(method, kind)
-        values = np.concatenate([self._values(*run) for run in runs])
-        return values, [str(who) for _, subset in runs for who in self._clusters[subset]]
-
-    def gap(self, method: str) -> Estimate:
-        """The chosen subset against random ones."""
-        (a, c), (b, d) = self.of(method, _WORST), self.of(method, "random")
-        return two_sample(a, b, c, d, bounds=_BOUNDS, seed=self.case.options.seed)
-
-    def accuracy(self, method: str, kind: str) -> float:
-        """Share of the images of these subsets that are called what they are."""
-        return float(np.mean([self._decided(role, "match")[subset].mean() for role, subset in self.runs(method, kind)]))
-
-    def probability(self, method: str, kind: str) -> Floats:
-        """Of the right class, unseen images left out of account."""
-        runs = self.runs(method, kind)
-        return np.concatenate([np.exp(self._decided(role, "logprob")[subset]) for role, subset in runs])
-
-    def _values(self, role: str, subset: Indices) -> Floats:
-        unseen = _unseen(self.case)
-        base = float(np.exp(decided(self.evidence, role, unseen, TOKEN.name, "logprob")).mean()) if unseen else 0.0
-        return np.asarray(np.exp(self._decided(role, "logprob")[subset]) - base)
-
-    def _decided(self, role: str, key: str) -> Floats:
-        return np.concatenate([decided(self.evidence, role, name, TOKEN.name, key) for name in ("forget", "retain")])
-
-
-def _spread(known: _Known) -> Control:
-    """Where one more random subset would lie: what runs of unlearning differ by, the interval over images ignores."""
-    means = known.means(METHODS[0])
-    worst = float(known.of(METHODS[0], _WORST)[0].mean())
-    reach = float(special.stdtrit(len(means) - 1, 0.975) * np.std(means, ddof=1) * np.sqrt(1 + 1 / len(means)))
-    middle = float(np.mean(means))
-    return Control(
-        name="spread of random subsets",
-        description=f"mean of {len(means)} random subsets (standard deviation {np.std(means, ddof=1):.3f}), and where "
-        f"one more would be expected (Student's t): the chosen one, at {worst:.3f}, must lie outside",
-        estimate=middle,
-        ci95=(middle - reach, middle + reach),
-        n=len(means),
-        passed=abs(worst - middle) > reach,
-        gates="evidence",
-    )
-
-
-def _room(known: _Known) -> Control:
-    """Could any subset be forgotten worse than random ones are?"""
-    missing = 1 - known.probability(METHODS[0], "random")
-    left = mean_estimate(missing, known.of(METHODS[0], "random")[1], bounds=(0.0, 1.0), seed=known.case.options.seed)
-    return Control(
-        name="room above random subsets",
-        description="probability of the right class that random subsets lack after unlearning: where they are known as "
-        "before, none can be forgotten worse",
-        estimate=left.value,
-        ci95=(left.lo, left.hi),
-        n=left.n,
-        passed=left.value >= _THRESHOLD,
-        gates="silence",
-    )
-
-
-def _beside(known: _Known, method: str) -> Control:
-    """The same gap by another method."""
-    gap = known.gap(method)
-    words = {
-        "random-labels": "the same gap where a subset is unlearned by random labels, which it was not chosen against",
-        "retrained": "the same gap in models trained from nothing without the subset: so much of it is no trace of the "
-        "images, the others teach it",
-    }
-    return Control(name=f"gap, {method}", description=words[method], estimate=gap.value, ci95=(gap.lo, gap.hi), n=gap.n)
-
-
-def _who(known: _Known) -> Control:
-    """Which images were chosen: classes, and how many of those that are to be forgotten."""
-    pool, forget = _pool(known.case), len(known.case.rows("forget"))
-    classes = Counter(pool[i].answer for i in known.chosen).most_common(8)
-    m, own = len(known.chosen), int((known.chosen < forget).sum())
-    listed = ", ".join(f"{name} {count}" for name, count in classes)
-    return Control(
-        name="what was chosen",
-        description=f"{own} of the {m} chosen images are in the forget set ({m * forget / len(pool):.1f} expected by "
-        f"chance); by class: {listed}",
-        estimate=own / m,
-        n=m,
-    )

@@ -1,4 +1,4 @@
-"""Is a comparison of two sets of texts valid at all? A control that looks at the words alone.
+"""Is a comparison of two sets valid at all? Controls that look at the words alone, or where nothing was taught.
 
 A membership or forgetting score that separates two sets shows nothing if a bag-of-words classifier separates
 them as well: then the sets differ in topic, date or style, not only in what the model was taught (Duan et al.
@@ -11,7 +11,8 @@ scikit-learn is imported only when one of the functions is called.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,9 +20,14 @@ from numpy.typing import ArrayLike, NDArray
 from audit.record import Control
 from audit.statistics import Estimate, Seed, auc_two_sample, cluster_index
 
+if TYPE_CHECKING:
+    from audit.case import Case
+
 FOLDS = 5
 SEPARABLE = 0.1
-"""How far above one half the words' AUC may lie before a split counts as unfair."""
+"""How far from one half an AUC may lie that has nothing to do with what was taught, before a split counts as unfair."""
+
+SAW_NEITHER = "the same attack on the model that saw neither set: what it finds is the split, not memory"
 
 FEWEST_CLUSTERS = 4  # in each set; with fewer, no classifier can be trained and tested on different ones
 
@@ -116,3 +122,26 @@ def bag_of_words_control(
         passed=not (words.lo > 0.5 and words.value > 0.5 + SEPARABLE),
         gates="evidence",
     )
+
+
+def untaught_control(name: str, description: str, area: Estimate) -> Control:
+    """The control that forbids evidence where a score tells forget from holdout though nothing was taught, by AUC."""
+    return Control(
+        name=name,
+        description=description,
+        estimate=area.value,
+        ci95=(area.lo, area.hi),
+        n=area.n,
+        passed=area.lo <= 0.5 <= area.hi or abs(area.value - 0.5) < SEPARABLE,
+        gates="evidence",
+    )
+
+
+def retrained_control(case: Case, score: Callable[[str, str], ArrayLike]) -> list[Control]:
+    """The same score, by role and set, under the retrained model, if there is one."""
+    if "retrained" not in case.models:
+        return []
+    rows = [score("retrained", name) for name in ("forget", "holdout")]
+    clusters = [case.clusters(case.rows(name)) for name in ("forget", "holdout")]
+    area = auc_two_sample(*rows, *clusters, seed=case.options.seed)
+    return [untaught_control("retrained model", SAW_NEITHER, area)]

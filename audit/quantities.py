@@ -118,3 +118,12 @@ def hidden(*sites: str) -> Quantity:
         return {"hidden": torch.stack([view.hidden[site] for site in sites], dim=1)}
 
     return Quantity(f"hidden:{','.join(sites)}", compute, sites)
+
+
+def recorded_by_attack(name: str) -> Quantity:
+    """A quantity that no pass records: an attack takes it itself, and hands it over in `Stage.rows`."""
+    return Quantity(name, _not_in_a_pass)
+
+
+def _not_in_a_pass(_: View) -> dict[str, torch.Tensor]:
+    raise RuntimeError("this is recorded by an attack itself, not by a pass")

@@ -43,16 +43,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from audit.asking import compared
 from audit.case import ROLES, Case
 from audit.contrast import ALPHA, Score, Statistic, against_never_taught
-from audit.controls import SEPARABLE
+from audit.controls import SAW_NEITHER, SEPARABLE, retrained_control
 from audit.evidence import Evidence
 from audit.instrument import Instrument
 from audit.plan import Request
 from audit.quantities import MOMENTS, TOKEN, Quantity, View
 from audit.record import Control, Finding, Question, Side, Table
-from audit.statistics import LEVEL, auc_two_sample, clopper_pearson, cluster_index, halves
-from detectors.answers import compared
+from audit.statistics import LEVEL, clopper_pearson, cluster_index, halves
 from detectors.recognition import decided, decisions
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ _THRESHOLD = 0.18
 """What forgetting quality falls short of 1 by where scores are normal and their AUC is 0.6: the effect that counts in
 the other findings."""
 
-_RETRAINED = "the same attack on the model that saw neither set: what it finds is the split, not memory"
 _ORIENTATION = "forget images look more like training data than holdout images do"
 CONFIDENCE = Statistic(
     "confidence", "how sure the model is of the right class (log-odds)", "log-odds", _ORIENTATION,
@@ -261,7 +260,7 @@ class ImageMembership(Instrument):
         classes = class_control(case)
         return [
             *(
-                contrast(statistic, score, extra=[classes, *split_control(case, score)])
+                contrast(statistic, score, extra=[classes, *retrained_control(case, score)])
                 for statistic, score in ((CONFIDENCE, confidence), (ENTROPY, entropy))
             ),
             self._worst(case, evidence, both, classes),
@@ -337,26 +336,6 @@ def class_control(case: Case) -> Control:
     )
 
 
-def split_control(case: Case, score: Score) -> list[Control]:
-    """The same score under the retrained model, which saw neither set: what it finds is the split, not membership."""
-    if "retrained" not in case.models:
-        return []
-    clusters = [case.clusters(case.rows(name)) for name in ("forget", "holdout")]
-    rows = [score("retrained", name) for name in ("forget", "holdout")]
-    area = auc_two_sample(*rows, *clusters, seed=case.options.seed)
-    return [
-        Control(
-            name="retrained model",
-            description=_RETRAINED,
-            estimate=area.value,
-            ci95=(area.lo, area.hi),
-            n=area.n,
-            passed=area.lo <= 0.5 <= area.hi or abs(area.value - 0.5) < SEPARABLE,
-            gates="evidence",
-        )
-    ]
-
-
 def _known(case: Case, score: Score) -> Control:
     """Does the worst case see images that were trained on? Compared with the same never-taught ones."""
     for role, name in (("target", "retain"), ("original", "forget")):
@@ -375,7 +354,7 @@ def _unseen(judged: dict[str, Judged]) -> list[Control]:
         return []
     found = judged["retrained"]
     fair = found.lo == 0 or 1 - found.quality[0] < _THRESHOLD
-    return [_control("retrained model", _RETRAINED, found, passed=fair, gates="evidence")]
+    return [_control("retrained model", SAW_NEITHER, found, passed=fair, gates="evidence")]
 
 
 def _control(name: str, words: str, found: Judged, *, passed: bool, gates: Literal["evidence", "silence"]) -> Control:

@@ -48,13 +48,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from audit import asking
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
 from audit.instrument import Access, Instrument
 from audit.plan import Generate, Request
 from audit.record import Control, Finding, Question
-from detectors import answers
 
 if TYPE_CHECKING:
     from audit.target import Target
@@ -291,18 +291,18 @@ class Knowledge(Instrument):
 
     def requests(self, case: Case, target: Target) -> list[Request | Generate]:
         """Answers, paraphrases and wrong answers of all sets scored, prompts continued; at text access only that."""
-        sets = answers.compared(case, target.role)
-        continued = answers.continuations(case, target, sets)
+        sets = asking.compared(case, target.role)
+        continued = asking.continuations(case, target, sets)
         if case.options.access < Access.LOGPROBS:
             return [*continued]
-        return [*answers.answers(case, target, sets), *answers.options(case, target, sets), *continued]
+        return [*asking.answers(case, target, sets), *asking.options(case, target, sets), *continued]
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
         """Four statistics against never-taught rows; with a retrained model, forget quality beside them."""
         scored = self._scored(case, evidence) if case.options.access >= Access.LOGPROBS else []
         if not _can_ask(case):
             return scored
-        continued = {name: answers.continued_rows(case, name) for name in answers.compared(case, "target")}
+        continued = {name: asking.continued_rows(case, name) for name in asking.compared(case, "target")}
 
         def rouge(role: str, name: str) -> NDArray[np.float64]:
             said = evidence.texts(role, f"{name}/continued")
@@ -312,19 +312,19 @@ class Knowledge(Instrument):
 
     def _scored(self, case: Case, evidence: Evidence) -> list[Finding]:
         """The statistics of log-probabilities."""
-        sets = answers.compared(case, "target")
+        sets = asking.compared(case, "target")
         contrast = partial(against_never_taught, self, case, evidence)
 
         def probability(role: str, name: str) -> NDArray[np.float64]:
-            return np.array([answer_probability(x) for x in answers.logprobs(evidence, role, f"{name}/answer")])
+            return np.array([answer_probability(x) for x in asking.logprobs(evidence, role, f"{name}/answer")])
 
         found = [contrast(PROBABILITY, probability)]
         if all(row.wrong for name in sets for row in case.rows(name)):
 
             def options(role: str, name: str) -> list[tuple[Any, list[Any], list[Any]]]:
-                true = answers.logprobs(evidence, role, f"{name}/answer")
-                wrong = answers.grouped(case, evidence, role, name, "wrong")
-                right = answers.grouped(case, evidence, role, name, "paraphrase")
+                true = asking.logprobs(evidence, role, f"{name}/answer")
+                wrong = asking.grouped(case, evidence, role, name, "wrong")
+                right = asking.grouped(case, evidence, role, name, "paraphrase")
                 return [(t, p or [t], w) for t, p, w in zip(true, right, wrong, strict=True)]
 
             def choice(role: str, name: str) -> NDArray[np.float64]:
@@ -354,19 +354,19 @@ class Knowledge(Instrument):
         """Per forget row: probability of the answer, whether it is chosen, and what the target answers."""
         drill: dict[str, dict[str, float | str]] = {}
         if case.options.access >= Access.LOGPROBS:
-            right = answers.logprobs(evidence, "target", "forget/answer")
-            wrong = answers.grouped(case, evidence, "target", "forget", "wrong")
+            right = asking.logprobs(evidence, "target", "forget/answer")
+            wrong = asking.grouped(case, evidence, "target", "forget", "wrong")
             for row, true, options in zip(case.rows("forget"), right, wrong, strict=True):
                 drill[row.id] = {"probability": answer_probability(true)}
                 if options:
                     drill[row.id]["chosen"] = choice_correct(true, options)
         said = evidence.texts("target", "forget/continued")
-        for row, text in zip(answers.continued_rows(case, "forget"), said, strict=True):
+        for row, text in zip(asking.continued_rows(case, "forget"), said, strict=True):
             drill.setdefault(row.id, {})["generated"] = text
         return drill
 
 
 def _can_ask(case: Case) -> bool:
     """Has every row that is continued a prompt? A passage has no answer whose recall could be measured."""
-    names = answers.compared(case, "target")
-    return all(row.prompt for name in names for row in answers.continued_rows(case, name))
+    names = asking.compared(case, "target")
+    return all(row.prompt for name in names for row in asking.continued_rows(case, name))

@@ -50,17 +50,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from audit import asking
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
-from audit.controls import SEPARABLE, bag_of_words_control
+from audit.controls import bag_of_words_control, retrained_control
 from audit.evidence import Evidence
 from audit.instrument import Access, Instrument
 from audit.loaders import Example
 from audit.plan import Generate, Request
 from audit.quantities import MOMENTS, TOKEN
 from audit.record import Control, Finding, Question, Side
-from audit.statistics import auc_two_sample
-from detectors import answers
 from detectors.knowledge import token_scores
 
 if TYPE_CHECKING:
@@ -243,12 +242,12 @@ class Membership(Instrument):
 
     def requests(self, case: Case, target: Target) -> list[Request | Generate]:
         """Answers scored with the moments Min-K++ needs, and again after a prefix of non-members."""
-        sets = answers.compared(case, target.role)
+        sets = asking.compared(case, target.role)
         if not sets:
             return []
         prefix, rows = _split_prefix(case)
         return [
-            *answers.answers(case, target, sets, (TOKEN, MOMENTS)),
+            *asking.answers(case, target, sets, (TOKEN, MOMENTS)),
             *(
                 Request(
                     f"{name}/prefixed",
@@ -261,7 +260,7 @@ class Membership(Instrument):
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
         """An AUC per attack, each beside the bag-of-words control, and PrivLeak."""
         seed = case.options.seed
-        rows = {name: case.rows(name) for name in answers.compared(case, "target")}
+        rows = {name: case.rows(name) for name in asking.compared(case, "target")}
         _, unprefixed = _split_prefix(case)
         texts = {name: [f"{r.prompt} {r.answer}" for r in rows[name]] for name in rows}
         clusters = {name: case.clusters(rows[name]) for name in rows}
@@ -282,16 +281,16 @@ class Membership(Instrument):
 
         def recalled(role: str, name: str) -> NDArray[np.float64]:
             keep = {row.id for row in unprefixed[name]}
-            plain = [v for v, r in zip(answers.logprobs(evidence, role, f"{name}/answer"), rows[name], strict=True)
+            plain = [v for v, r in zip(asking.logprobs(evidence, role, f"{name}/answer"), rows[name], strict=True)
                      if r.id in keep]  # fmt: skip
             return np.array(
-                [recall(a, b) for a, b in zip(plain, answers.logprobs(evidence, role, f"{name}/prefixed"), strict=True)]
+                [recall(a, b) for a, b in zip(plain, asking.logprobs(evidence, role, f"{name}/prefixed"), strict=True)]
             )
 
         contrast = partial(against_never_taught, self, case, evidence, auc=True, subtract=False)
         found: list[Finding] = []
         for attack in ("loss", "zlib", "min_k", "min_k_plus_plus"):
-            extra = [separable, *_retrained_auc(case, partial(compute, attack), clusters)]
+            extra = [separable, *retrained_control(case, partial(compute, attack))]
             found.append(contrast(STATISTICS[attack], partial(compute, attack), extra=extra))
         found.append(contrast(STATISTICS["recall"], recalled, rows=unprefixed, extra=[separable]))
         if "retrained" in case.models:
@@ -300,14 +299,12 @@ class Membership(Instrument):
                 return compute("loss", role, name) - compute("loss", "retrained", name)
 
             found.append(contrast(STATISTICS["reference"], ratio, extra=[separable]))
-        found.append(self._privleak(contrast, partial(compute, "min_k_40"), case, clusters, separable))
+        found.append(self._privleak(contrast, partial(compute, "min_k_40"), case, separable))
         return found
 
-    def _privleak(
-        self, contrast: Any, score: Any, case: Case, clusters: dict[str, list[str]], separable: Control
-    ) -> Finding:
+    def _privleak(self, contrast: Any, score: Any, case: Case, separable: Control) -> Finding:
         """The Min-K 40 % AUC on MUSE's scale: its interval and test are the AUC's."""
-        retrained = _retrained_auc(case, score, clusters)
+        retrained = retrained_control(case, score)
         reference = float(retrained[0].estimate or 0.5) if retrained else 0.5
         base: Finding = contrast(_statistic("min_k", "MUSE, section 3"), score, extra=[separable, *retrained])
         leak = privleak(float(base.estimate or 0.0), reference)
@@ -338,33 +335,9 @@ class Membership(Instrument):
         )
 
 
-def _retrained_auc(case: Case, score: Any, clusters: dict[str, list[str]]) -> list[Control]:
-    """The same attack on the retrained model, which saw neither set: what it finds is the split."""
-    if "retrained" not in case.models:
-        return []
-    area = auc_two_sample(
-        score("retrained", "forget"),
-        score("retrained", "holdout"),
-        clusters["forget"],
-        clusters["holdout"],
-        seed=case.options.seed,
-    )
-    return [
-        Control(
-            name="retrained model",
-            description="the same attack on the model that saw neither set: what it finds is the split, not memory",
-            estimate=area.value,
-            ci95=(area.lo, area.hi),
-            n=area.n,
-            passed=area.lo <= 0.5 <= area.hi or abs(area.value - 0.5) < SEPARABLE,
-            gates="evidence",
-        )
-    ]
-
-
 def _split_prefix(case: Case) -> tuple[str, dict[str, tuple[Example, ...]]]:
     """ReCaLL's non-member prefix, from one holdout entity, and the rows left to test: none of that entity's."""
-    rows = {name: case.rows(name) for name in answers.compared(case, "target")}
+    rows = {name: case.rows(name) for name in asking.compared(case, "target")}
     holdout = rows["holdout"]
     chosen = case.clusters(holdout)[-1]
     donors = [r for r, c in zip(holdout, case.clusters(holdout), strict=True) if c == chosen]

@@ -36,13 +36,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from audit import asking
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
 from audit.instrument import Access, Instrument
 from audit.plan import Generate, Request
 from audit.record import Finding, Question
-from detectors import answers
 
 if TYPE_CHECKING:
     from audit.target import Target
@@ -147,23 +147,23 @@ class Memorization(Instrument):
 
     def requests(self, case: Case, target: Target) -> list[Request | Generate]:
         """Answers scored, prompts continued: the same passes as `knowledge`. At text access only the latter."""
-        sets = answers.compared(case, target.role)
-        continued = answers.continuations(case, target, sets)
+        sets = asking.compared(case, target.role)
+        continued = asking.continuations(case, target, sets)
         if case.options.access < Access.LOGPROBS:
             return [*continued]
-        return [*answers.answers(case, target, sets), *continued]
+        return [*asking.answers(case, target, sets), *continued]
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
         """Three statistics against never-taught rows; the last of them alone at text access."""
         contrast = partial(against_never_taught, self, case, evidence)
-        continued = {name: answers.continued_rows(case, name) for name in answers.compared(case, "target")}
+        continued = {name: asking.continued_rows(case, name) for name in asking.compared(case, "target")}
 
         def matches(role: str, name: str) -> list[Any]:
             return [values["match"] for values in evidence.iterate(role, f"{name}/answer", "token")]
 
         def verbatim(role: str, name: str) -> NDArray[np.float64]:
             said = evidence.texts(role, f"{name}/continued")
-            expected = [answers.expected_continuation(row).split() for row in continued[name]]
+            expected = [asking.expected_continuation(row).split() for row in continued[name]]
             return np.array(
                 [longest_common_run(e, t.split()[: 2 * len(e)]) for e, t in zip(expected, said, strict=True)]
             )

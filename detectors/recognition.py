@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from audit.asking import COMPARED, compared
 from audit.case import ROLES, Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
@@ -41,7 +42,6 @@ from audit.plan import Request
 from audit.quantities import TOKEN, Quantity, top_k
 from audit.record import Control, Figure, Finding, Question, Series, Table
 from audit.statistics import mean_estimate
-from detectors.answers import COMPARED, compared
 
 if TYPE_CHECKING:
     from audit.image_target import ImageTarget

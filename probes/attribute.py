@@ -48,9 +48,8 @@ from probes.readout import (
     Ints,
     block_outputs,
     choice_wins,
-    choose_strength,
     compared,
-    fit_ridge,
+    cross_scores,
     forking_rows,
     in_halves,
     lacking,
@@ -69,8 +68,6 @@ READOUT = Statistic(
     "readout", "linear readout trained on retained entities: the right answer beats the wrong ones", "accuracy",
     "the right answer is readable inside more often", (0.0, 1.0), 0.1, _SOURCE,
 )  # fmt: skip
-
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 _SHUFFLES = 5
 
@@ -101,24 +98,15 @@ def ridge_readout(
         halves: of the retain rows.
         seed: of the shuffling.
     """
-    rng = np.random.default_rng(seed)
-    x, known = states["retain"], options["retain"]
-    scores = {name: np.zeros((len(states[name]), len(likeness))) for name in states}
-    control = np.zeros(len(x))
+    rng, known = np.random.default_rng(seed), options["retain"]
 
-    def lost(scored: Floats, rows: Ints) -> float:
-        return -float(choice_wins(scored, known[rows]).sum())
+    def shuffled(rows: Ints) -> list[Ints]:
+        return [shuffled_answers(known[rows], rng) for _ in range(_SHUFFLES)]
 
-    for half in halves:
-        strength = choose_strength(x, likeness[known[:, 0]], half, lost, STRENGTHS)
-        answers = [known[half.train, 0], *(shuffled_answers(known[half.train], rng) for _ in range(_SHUFFLES))]
-        fitted = fit_ridge(x[half.train], np.hstack([likeness[each] for each in answers]))
-        true, *others = np.split(fitted(x[half.test], strength), len(answers), axis=1)
-        scores["retain"][half.test] = true
-        control[half.test] = np.mean([choice_wins(other, known[half.test]) for other in others], axis=0)
-        for name in set(states) - {"retain"}:
-            scores[name] += fitted(states[name], strength)[:, : len(likeness)]
-    return {name: choice_wins(scores[name], options[name]) for name in states}, control
+    scores = cross_scores(states, known, likeness, halves, shuffled)
+    others = np.split(scores["retain"], 1 + _SHUFFLES, axis=1)[1:]
+    wins = {name: choice_wins(scored[:, : len(likeness)], options[name]) for name, scored in scores.items()}
+    return wins, np.asarray(np.mean([choice_wins(other, known) for other in others], axis=0))
 
 
 class Attribute(Instrument):

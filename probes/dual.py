@@ -47,6 +47,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from audit import asking
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
@@ -55,7 +56,6 @@ from audit.loaders import Example
 from audit.plan import Generate, Request
 from audit.record import Control, Figure, Finding, Question, Series, Table
 from probes import readout
-from probes.attribute import STRENGTHS
 from probes.lens import read_layers
 from probes.readout import Floats, Half, Ints
 
@@ -152,21 +152,9 @@ def readout_ranks(
 ) -> dict[str, Floats]:
     """By set, the share of wrong options that score below the right one, in a readout trained on retained rows: [rows].
 
-    Arguments as of `probes.attribute.ridge_readout`. Retained rows are scored by the half that they are not in, others
-    by the sum of both. Ties count half.
+    Arguments as of `probes.attribute.ridge_readout`; ties count half.
     """
-    x, known = states["retain"], options["retain"]
-    scores = {name: np.zeros((len(rows), len(likeness))) for name, rows in states.items()}
-
-    def lost(scored: Floats, rows: Ints) -> float:
-        return -float(readout.choice_wins(scored, known[rows]).sum())
-
-    for half in halves:
-        strength = readout.choose_strength(x, likeness[known[:, 0]], half, lost, STRENGTHS)
-        fitted = readout.fit_ridge(x[half.train], likeness[known[half.train, 0]])
-        scores["retain"][half.test] = fitted(x[half.test], strength)
-        for name in set(states) - {"retain"}:
-            scores[name] += fitted(states[name], strength)
+    scores = readout.cross_scores(states, options["retain"], likeness, halves)
     ranks = {}
     for name, offer in options.items():
         given = np.take_along_axis(scores[name], offer.clip(0), axis=1)
@@ -227,19 +215,17 @@ class Dual(Instrument):
         tokens = readout.offered(forks)
         vectors = readout.unembedding(target, tokens)[0].numpy()
         extra = {"layers": layers, "tokens": tokens, "likeness": vectors @ vectors.T}
-        length, made = _new_tokens(case), list[Request | Generate]()
+        made: list[Request | Generate] = []
         for name, rows in forks.items():
-            prompts = tuple(target.encode_prompt(row.prompt, room=length) for row in _continued(case, name))
             made.append(Request(f"dual/{name}", rows, (readout.block_outputs(layers),), extra))
-            made.append(Request(f"{name}/answer", tuple(target.encode(r.prompt, r.answer) for r in case.rows(name))))
-            made.append(Generate(f"{name}/continued", prompts, length))
+            made += [*asking.answers(case, target, [name]), *asking.continuations(case, target, [name])]
         return made
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
         """What is named, what follows, and which entities are silent and not empty."""
         rows, kept = readout.forking_rows(case, evidence, self.name)
         layers = evidence.extra("target", "dual/forget")["layers"]
-        continued = {name: _continued(case, name) for name in rows}
+        continued = {name: asking.continued_rows(case, name) for name in rows}
         entities = {name: _by_entity(rows[name]) for name in rows}
         halves = readout.in_halves(case.clusters(rows["retain"]), seed=case.options.seed)
 
@@ -295,17 +281,6 @@ class Dual(Instrument):
             contrast(EXTRACTION, extraction),
             shown,
         ]
-
-
-def _continued(case: Case, name: str) -> tuple[Example, ...]:
-    """The rows whose prompts `knowledge` continues, too."""
-    return case.rows(name, {"quick": 40, "standard": 120, "thorough": None}[case.options.budget.value])
-
-
-def _new_tokens(case: Case) -> int:
-    """How far `knowledge` continues them."""
-    longest = max(len(row.answer) for row in case.rows("forget"))
-    return min({"quick": 32, "standard": 48, "thorough": 128}[case.options.budget.value], max(4, longest // 2))
 
 
 def _by_entity(rows: tuple[Example, ...]) -> list[list[int]]:

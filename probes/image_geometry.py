@@ -41,18 +41,16 @@ from audit.loaders import Example
 from audit.plan import Request
 from audit.record import Finding, Question
 from audit.statistics import FloatArray
-from probes.geometry import View, findings, references
 from probes.head_refit import Decisions, Pool, decision_requests, too_few
 from probes.similarity import K, knn_transfer
+from probes.view import KIM, View, findings, references
 
 if TYPE_CHECKING:
     from audit.image_target import ImageTarget
 
-_KIM = "Kim et al. 2025, arXiv 2503.06991"
-
 KNN = Statistic(
     "knn", "k-NN transfer: most of the 5 nearest images have the right class", "accuracy",
-    "images of the class lie together more often", (0.0, 1.0), 0.3, _KIM, (False, False),
+    "images of the class lie together more often", (0.0, 1.0), 0.3, KIM, (False, False),
 )  # fmt: skip
 
 
@@ -65,7 +63,7 @@ class ImageGeometry(Instrument):
     access = Access.WEIGHTS
     sets = ("forget", "retain")
     modality = "image"
-    reference = f"{_KIM}; Kornblith et al. 2019, arXiv 1905.00414"
+    reference = f"{KIM}; Kornblith et al. 2019, arXiv 1905.00414"
 
     def missing(self, case: Case) -> str | None:
         """Needs a model to compare with, and rows enough for a shape."""

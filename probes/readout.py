@@ -36,6 +36,9 @@ FEWEST_ENTITIES = 8
 """Retained entities below which a half is too small to be trained on and folded to choose a strength."""
 
 _COMPARED = ("forget", "holdout", "retain")
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""Among which the strength of a readout of options is chosen."""
+
 _MOST_ROWS = 1000  # a set: the states of a row are layers x width numbers
 
 
@@ -213,3 +216,34 @@ def choose_strength(
         fitted = fit_ridge(states[train], targets[train])
         lost += [loss(fitted(states[test], strength), test) for strength in strengths]
     return max(strength for strength, value in zip(strengths, lost, strict=True) if value <= lost.min())
+
+
+def cross_scores(
+    states: Mapping[str, Floats],
+    known: Ints,
+    likeness: Floats,
+    halves: Sequence[Half],
+    besides: Callable[[Ints], list[Ints]] = lambda _: [],
+) -> dict[str, Floats]:
+    """By set, the tokens' scores in readouts trained on one half of the retain rows, [rows, tokens].
+
+    Retain rows are scored by the half that they are not in, others by the sum of both. `states` [rows, width] by set;
+    `known` [n, options] are the options of the retain rows, columns of `likeness` as in `choice_wins`; `likeness`
+    [tokens, tokens] is what every token (column) is to score where a token (row) is right. `besides`: other answers for
+    given retain rows, learned as well at the same strength; their scores are further columns of the retain rows'.
+    """
+    x, right = states["retain"], likeness[known[:, 0]]
+    scores: dict[str, Floats] = {}
+
+    def lost(scored: Floats, rows: Ints) -> float:
+        return -float(choice_wins(scored, known[rows]).sum())
+
+    for half in halves:
+        strength = choose_strength(x, right, half, lost, STRENGTHS)
+        answers = [known[half.train, 0], *besides(half.train)]
+        fitted = fit_ridge(x[half.train], np.hstack([likeness[each] for each in answers]))
+        for name, rows in states.items():
+            tested, columns = (half.test, len(answers)) if name == "retain" else (slice(None), 1)
+            found = fitted(rows[tested], strength)[:, : columns * len(likeness)]
+            scores.setdefault(name, np.zeros((len(rows), found.shape[1])))[tested] += found
+    return scores

@@ -46,14 +46,13 @@ from audit.evidence import Evidence
 from audit.instrument import Access, Attack, Stage
 from audit.loaders import Example
 from audit.plan import Request
-from audit.quantities import TOKEN, Quantity
+from audit.quantities import TOKEN, recorded_by_attack
 from audit.record import Control, Finding, Question, Side
 from audit.statistics import halves
 from probes.lens import read_layers
 from probes.restoration_curves import Floats, Won, figure_of, table_of
 from probes.restoration_steering import AMPLIFIED, Described, Dictionary, describe, learn, restore
 from probes.sae_controls import GOOD, dictionary, gain, rate, unchanged
-from probes.sae_steering import elsewhere
 
 if TYPE_CHECKING:
     from audit.image_target import ImageTarget
@@ -76,9 +75,9 @@ FROM_ORIGINAL = Statistic(
     "the upper blocks and the head still read the original's activations", (0.0, 1.0), 0.1, _SOURCE, (False, False),
 )  # fmt: skip
 
-RESTORED = Quantity("restoration", elsewhere)
+RESTORED = recorded_by_attack("restoration")
 """By kind of steering: is the class the answer? [1, blocks, alphas] each."""
-DESCRIBED = Quantity("restoration-dictionaries", elsewhere)
+DESCRIBED = recorded_by_attack("restoration-dictionaries")
 """What `describe` tells of the target's dictionaries and of the original's, [1, blocks, 2, ...] each."""
 
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from audit.controls import grouped_folds
 from audit.evidence import Arrays
 from audit.plan import Patched, Request, merge
-from audit.quantities import TOKEN, Quantity, View, hidden
+from audit.quantities import TOKEN, Quantity, View, hidden, recorded_by_attack
 from audit.tokens import Tokens
 from probes.lens import beats
 from probes.sae_training import Sae
@@ -46,16 +46,11 @@ def _choice(view: View) -> dict[str, torch.Tensor]:
     return {"won": beats(view.logits, view.tokens, list(view.rivals))}
 
 
-def elsewhere(_: View) -> dict[str, torch.Tensor]:
-    """Of a quantity that no engine computes: an attack brings it along."""
-    raise RuntimeError("this is recorded by an attack itself, in passes of its own")
-
-
 CHOICE = Quantity("fork-choice", _choice)
 """`won` [T]: does the right token beat its rivals; NaN but at a fork."""
-STEERED = Quantity("sae-steered", elsewhere)
+STEERED = recorded_by_attack("sae-steered")
 """By kind of steering, who wins at every α, [1, alphas]; `none`: with its own state put in, [1, 1]."""
-REBUILT = Quantity("sae-rebuilt", elsewhere)
+REBUILT = recorded_by_attack("sae-rebuilt")
 """`error` and `spread` (squared), `active` and `fresh` features [T]; `nll` [T, 3] as it is, rebuilt, and averaged."""
 
 

@@ -26,9 +26,9 @@ from audit.quantities import Quantity
 from audit.record import Finding
 from audit.target import Target
 from audit.tokens import Tokens
-from probes.attribute import STRENGTHS, Attribute, ridge_readout, shuffled_answers
+from probes.attribute import Attribute, ridge_readout, shuffled_answers
 from probes.lens import Lens, beats
-from probes.readout import choice_wins, choose_strength, fit_ridge, in_halves, option_columns
+from probes.readout import STRENGTHS, choice_wins, choose_strength, fit_ridge, in_halves, option_columns
 
 
 def captured(instrument: Instrument, case: Case, folder: Path) -> Evidence:

@@ -1,4 +1,4 @@
-"""What every output detector asks of an example: its answer scored, its options scored, its prompt continued.
+"""What most instruments ask of an example: its answer scored, its options scored, its prompt continued.
 
 The requests carry the same names whoever makes them, so that one pass serves all.
 """
