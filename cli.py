@@ -20,6 +20,7 @@ from audit.errors import AuditError, Incomplete
 from audit.terminal import bars, stages
 from audit.terminal import err as _err
 from audit.terminal import out as _out
+from reports.commands import diff, keygen, note, sign, verify
 
 if TYPE_CHECKING:
     from audit.case import Case
@@ -36,6 +37,11 @@ app = typer.Typer(
 app.add_typer(organisms, name="organisms")
 app.command()(bench)
 app.command()(calibrate)
+app.command()(diff)
+app.command()(sign)
+app.command()(verify)
+app.command()(note)
+app.command()(keygen)
 
 OptionalPath = Path | None
 SetOption = Annotated[
@@ -340,6 +346,42 @@ def schema() -> None:
     from audit.record import json_schema
 
     sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
+
+
+@app.command("lint-request")
+def lint_request(
+    forget: Annotated[str, typer.Argument(metavar="FORGET_SET", help="PATH or PATH?key=value&…, as for a scan")],
+    against: Annotated[
+        str | None, typer.Option(help="what is to be kept, PATH or PATH?…; else ordinary English")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the flags as data")] = False,
+) -> None:
+    """Look for harmless words that a forget request holds too often, before anyone unlearns with it."""
+    from dataclasses import asdict
+
+    from rich.table import Table
+    from rich.text import Text
+
+    from audit.lint import lint
+    from audit.loaders import load_set, parse_set_spec
+    from reports.escape import one_line
+
+    request = load_set("forget", parse_set_spec(forget))
+    reference = None if against is None else load_set("retain", parse_set_spec(against))
+    flags = lint(request.examples, None if reference is None else reference.examples)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(flag) for flag in flags], indent=2) + "\n")
+    elif flags:
+        table = Table("phrase", "where", "of rows", "expected", "entities", "p", "for example")
+        for flag in flags:
+            numbers = f"{flag.rate:.1%}", f"{flag.expected:.1%}", str(flag.entities), f"{flag.p_value:.2g}"
+            texts = Text(one_line(flag.phrase, 60)), flag.where, *numbers, Text(one_line(flag.examples[0], 80))
+            table.add_row(*texts)
+        _out.print(table)
+    else:
+        _out.print(f"nothing flagged in {len(request)} rows of {request.entities} entities", highlight=False)
+    if flags:
+        raise typer.Exit(1)
 
 
 @app.command()

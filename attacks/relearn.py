@@ -32,14 +32,15 @@ Traps:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attacks.recall import SETS, questions, recalled, tested
+from attacks.recovery import Group, summary
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
@@ -130,6 +131,75 @@ def fine_tune(
             yield step
 
 
+def lessons(case: Case, target: OpenModel, half: str) -> tuple[list[Tokens], list[Tokens]]:
+    """What is taught, this half of the forget and holdout entities, and what is mixed in, always one half of retain."""
+
+    def part(name: str, half: str) -> list[Tokens]:
+        rows = tested(case, name)
+        in_a = halves(case.clusters(rows), case.options.seed)
+        return [target.question(row) for row, a in zip(rows, in_a, strict=True) if a == (half == "a")]
+
+    return [tokens for name in _GROUPS for tokens in part(name, half)], part("retain", "a")
+
+
+@dataclass
+class Curves:
+    """Accuracy before and at every tested step, of the halves that were taught and of those that were not.
+
+    Attributes:
+        attack: whose questions were asked.
+        run: its stages are `<run>-<half>@<step>`.
+        steps: tested ones, ascending.
+        taught_halves: one run each.
+    """
+
+    case: Case
+    evidence: Evidence
+    attack: str
+    run: str
+    steps: Sequence[int]
+    taught_halves: Sequence[str]
+    _known: dict[tuple[str, str, str], Floats] = field(default_factory=dict)
+
+    def of(self, role: str, name: str, *, taught: bool) -> Floats:
+        """Every row of a set under a role, [rows, 1 + steps]: of retain always the half that was not mixed in."""
+        whole = {half: self._curve(role, name, half) for half in self.taught_halves}
+        in_a = self._in_a(name)
+        if name == "retain":
+            return np.asarray(np.mean(list(whole.values()), axis=0))[~in_a]
+        return np.concatenate([whole[half][in_a == ((half == "a") == taught)] for half in self.taught_halves])
+
+    def rows(self, name: str, *, taught: bool) -> tuple[Example, ...]:
+        """The rows that `of` covers, in its order."""
+        rows, in_a = tested(self.case, name), self._in_a(name)
+        if name == "retain":
+            return tuple(row for row, a in zip(rows, in_a, strict=True) if not a)
+        return tuple(
+            row
+            for half in self.taught_halves
+            for row, a in zip(rows, in_a, strict=True)
+            if a == ((half == "a") == taught)
+        )
+
+    def untaught(self, role: str) -> dict[str, Group]:
+        """By set, the curves of what was not taught, and their clusters."""
+        return {
+            name: (self.of(role, name, taught=False), self.case.clusters(self.rows(name, taught=False)))
+            for name in SETS
+        }
+
+    def _in_a(self, name: str) -> NDArray[np.bool_]:
+        return halves(self.case.clusters(tested(self.case, name)), self.case.options.seed)
+
+    def _curve(self, role: str, name: str, half: str) -> Floats:
+        known = self._known.get((role, name, half))
+        if known is None:
+            stages = [role, *(f"{role}+{self.run}-{half}@{step}" for step in self.steps)]
+            every = [recalled(self.case, self.evidence, stage, self.attack, name) for stage in stages]
+            known = self._known[role, name, half] = np.stack(every, axis=1)
+        return known
+
+
 class Relearn(Attack):
     """Do untaught facts come back when related ones are retaught?"""
 
@@ -174,20 +244,13 @@ class Relearn(Attack):
         """Teach half a of forget and holdout entities; then, on fresh weights, half b."""
         recipe = recipe_for(case, target)
         reached = iter(self.stages(case, target))
-        retain = tested(case, "retain")
-        touched = halves(case.clusters(retain), case.options.seed)
-        mixed = [target.question(r) for r, a in zip(retain, touched, strict=True) if a]
         taught_halves = self._taught_halves(case)
         for i, half in enumerate(taught_halves):
             if i:
                 target.release()
-            taught = []
-            for name in _GROUPS:
-                rows = tested(case, name)
-                in_a = halves(case.clusters(rows), case.options.seed)
-                taught += [target.question(r) for r, a in zip(rows, in_a, strict=True) if a == (half == "a")]
+            taught, mixed = lessons(case, target, half)
             total = len(taught_halves) * recipe.steps[-1]
-            show = partial(_shifted, tick, i * recipe.steps[-1], total)
+            show = partial(shifted, tick, i * recipe.steps[-1], total)
             for _ in fine_tune(
                 target.model, taught, mixed, recipe, seed=case.options.seed, loss=target.loss, tick=show
             ):
@@ -195,46 +258,24 @@ class Relearn(Attack):
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
         """Untaught halves against each other, and the pace of the taught ones."""
-        rows = {name: tested(case, name) for name in SETS}
-        in_a = {name: halves(case.clusters(rows[name]), case.options.seed) for name in SETS}
-        steps = sorted({int(role.split("@")[1]) for role in evidence.roles if role.startswith("target+relearn-")})
-        taught_halves = self._taught_halves(case)
-
-        @cache
-        def curve(role: str, name: str, half: str) -> Floats:
-            """Accuracy of every row before and at every step of the run that teaches `half`: [rows, 1 + steps]."""
-            stages = [role, *(f"{role}+relearn-{half}@{step}" for step in steps)]
-            return np.stack([recalled(case, evidence, stage, self.name, name) for stage in stages], axis=1)
-
-        def score(role: str, name: str, *, taught: bool) -> Floats:
-            curves = {half: curve(role, name, half) for half in taught_halves}
-            if name == "retain":  # the half that was not mixed in
-                return np.asarray(np.mean(list(curves.values()), axis=0))[~in_a[name]]
-            return np.concatenate([curves[half][in_a[name] == ((half == "a") == taught)] for half in taught_halves])
-
-        def rows_of(name: str, *, taught: bool) -> tuple[Example, ...]:
-            if name == "retain":
-                return tuple(row for row, a in zip(rows[name], in_a[name], strict=True) if not a)
-            return tuple(
-                row
-                for half in taught_halves
-                for row, a in zip(rows[name], in_a[name], strict=True)
-                if a == ((half == "a") == taught)
-            )
-
+        begun = f"target+{self.name}-{_HALVES[0]}@"
+        steps = sorted(int(role.removeprefix(begun)) for role in evidence.roles if role.startswith(begun))
+        curves = Curves(case, evidence, self.name, self.name, steps, self._taught_halves(case))
         contrast = partial(against_never_taught, self, case, evidence, roles=_attacked(case))
         untaught = contrast(
             _fitting(UNTAUGHT, case),
-            partial(score, taught=False),
+            partial(curves.of, taught=False),
             columns=("steps of relearning", [0.0, *map(float, steps)]),
             aggregate=partial(_summed_up, by_class=_by_class(case)),
-            rows={name: rows_of(name, taught=False) for name in SETS},
+            rows={name: curves.rows(name, taught=False) for name in SETS},
         )
         pace = contrast(
             _fitting(PACE, case),
-            lambda role, name: score(role, name, taught=True)[:, 1:].mean(1),
-            rows={name: rows_of(name, taught=True) for name in SETS},
+            lambda role, name: curves.of(role, name, taught=True)[:, 1:].mean(1),
+            rows={name: curves.rows(name, taught=True) for name in SETS},
         )
+        if untaught.table is not None:
+            untaught.table.rows += summary(curves.untaught("target"), steps, seed=case.options.seed)
         return [untaught, pace]
 
 
@@ -266,6 +307,6 @@ def _fitting(statistic: Statistic, case: Case) -> Statistic:
     return replace(statistic, threshold=_BY_CLASS, decides=decides)
 
 
-def _shifted(tick: Any, begun: int, total: int, done: int, _: int) -> None:
+def shifted(tick: Any, begun: int, total: int, done: int, _: int) -> None:
     """Progress of one run as progress of all of them."""
     tick(begun + done, total)

@@ -8,6 +8,7 @@ pass the numbers are.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from audit.opened import OpenModel
 from audit.passes import Pass
 from audit.plan import Batch, Generate, Work
 from audit.quantities import TOKEN, View
-from audit.tokens import Tokens
+from audit.tokens import Drawn, Tokens, content_key
 
 Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
 _LOGITS_ELEMENTS = 2**23  # 32 MiB of float32 logits at a time
@@ -131,14 +132,27 @@ class Engine:
     def prompt_batches(self, request: Generate) -> list[tuple[tuple[int, ...], ...]]:
         """The distinct prompts of a request, longest first, packed for `generate`."""
         prompts = sorted(set(request.prompts), key=lambda prompt: (-len(prompt), prompt))
-        size = max(1, self.token_budget // (len(prompts[0]) + request.new_tokens)) if prompts else 1
+        longest = len(prompts[0]) + request.new_tokens if prompts else 1
+        size = max(1, self.token_budget // (longest * len(request.ways)))
         return [tuple(prompts[i : i + size]) for i in range(0, len(prompts), size)]
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> list[tuple[int, ...]]:
-        """Greedy continuations of a batch of prompts, each at most `new_tokens` long."""
-        written = self.passes.generate(prompts, new_tokens)
-        self.forward_tokens += sum(map(len, prompts)) + sum(map(len, written))
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], new_tokens: int, drawn: Drawn | None = None, beams: int = 1
+    ) -> list[tuple[int, ...]]:
+        """Continuations of a batch of prompts, each at most `new_tokens` long: see `Target.generate`."""
+        written = self.passes.generate(prompts, new_tokens, drawn, beams)
+        self.forward_tokens += beams * sum(map(len, prompts)) + sum(map(len, written))
         return written
+
+    def answer(self, request: Generate, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """What a request asks for of one of its batches: prompt after prompt, in each of its ways."""
+        if not request.temperature:
+            return self.generate(prompts, request.new_tokens, beams=request.beams)
+        rows = [(prompt, i) for prompt in prompts for i in range(request.samples)]
+        # What is drawn hangs on prompt and sample, not on the batch, nor on the temperature.
+        keys = [f"{content_key(prompt)}/{i}/{request.seed}" for prompt, i in rows]
+        seeds = tuple(int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) for key in keys)
+        return self.generate([p for p, _ in rows], request.new_tokens, Drawn(request.temperature, seeds))
 
 
 def _same(state: torch.Tensor) -> torch.Tensor:

@@ -69,9 +69,9 @@ class Store:
         place = self._places.get((tokens.key, quantity.name))
         return place is not None and place.start <= tokens.start
 
-    def knows_continuation(self, prompt: tuple[int, ...], new_tokens: int) -> bool:
-        """Is the greedy continuation of this prompt recorded?"""
-        return (content_key(prompt), f"greedy-{new_tokens}") in self._places
+    def knows_continuation(self, prompt: tuple[int, ...], new_tokens: int, way: str = "greedy") -> bool:
+        """Is the continuation of this prompt recorded? `way`: see `Generate.ways`."""
+        return (content_key(prompt), f"{way}-{new_tokens}") in self._places
 
     def write(self, rows: Iterable[tuple[Tokens, Mapping[str, Arrays]]]) -> None:
         """Store the rows of one batch as one block: the batch is recorded as a whole or not at all."""
@@ -89,11 +89,19 @@ class Store:
             }
         )
 
-    def write_continuations(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], new_tokens: int) -> None:
-        """Store greedy continuations (prompt ids, new ids) of one batch."""
-        index = [(content_key(prompt), 0, len(new)) for prompt, new in pairs]
-        ids = np.concatenate([np.asarray(new, np.int64) for _, new in pairs])
-        self._write({f"greedy-{new_tokens}": (index, {"ids": ids})})
+    def write_continuations(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        new_tokens: int,
+        ways: Sequence[str] = ("greedy",),
+    ) -> None:
+        """Store continuations (prompt ids, new ids) of one batch: prompt after prompt, one in each of the ways."""
+        quantities = {}
+        for i, way in enumerate(ways):
+            index = [(content_key(prompt), 0, len(new)) for prompt, new in pairs[i :: len(ways)]]
+            ids = np.concatenate([np.asarray(new, np.int64) for _, new in pairs[i :: len(ways)]])
+            quantities[f"{way}-{new_tokens}"] = (index, {"ids": ids})
+        self._write(quantities)
 
     def read(self, tokens: Tokens, quantity: str) -> Arrays:
         """Arrays over the scored tokens of one sequence. Raises KeyError if they were never captured."""
@@ -101,9 +109,9 @@ class Store:
         skip = tokens.start - place.start
         return self._read(place, quantity, skip)
 
-    def read_continuation(self, prompt: tuple[int, ...], new_tokens: int) -> tuple[int, ...]:
+    def read_continuation(self, prompt: tuple[int, ...], new_tokens: int, way: str = "greedy") -> tuple[int, ...]:
         """New ids after a prompt."""
-        name = f"greedy-{new_tokens}"
+        name = f"{way}-{new_tokens}"
         return tuple(self._read(self._places[content_key(prompt), name], name, 0)["ids"].tolist())
 
     def _read(self, place: Place, quantity: str, skip: int) -> Arrays:
@@ -212,7 +220,7 @@ class Evidence:
             self._requests[role, request.name] = request
 
     def add_texts(self, role: str, name: str, texts: list[str]) -> None:
-        """Decoded continuations of a `Generate` request, in its order."""
+        """Decoded continuations of a `Generate` request, prompt after prompt, each in all of its ways."""
         self._texts[role, name] = texts
 
     def add_weights(self, role: str, name: str, rows: list[TensorRow]) -> None:
@@ -264,7 +272,7 @@ class Evidence:
             yield values
 
     def texts(self, role: str, name: str) -> list[str]:
-        """Decoded greedy continuations, in the order of the request's prompts."""
+        """Decoded continuations, in the order of the request's prompts; of each prompt all that were asked for."""
         return self._texts[role, name]
 
     def weights(self, role: str, name: str) -> list[TensorRow]:

@@ -48,6 +48,7 @@ class Instrument(ABC):
         sets: example sets it cannot do without.
         roles: models it cannot do without, besides the target.
         watches: attacks whose altered models it wants to see as well: `requests` is called for these too.
+        dear: why it is no part of every scan, in a phrase; if so it runs at budget thorough, or when named.
         modality: the models it reads: `text` (`audit.target.Target`), `image` (`audit.image_target.ImageTarget`),
             or `any` (`audit.opened.OpenModel`).
         reference: the paper, and the section, it comes from.
@@ -61,6 +62,7 @@ class Instrument(ABC):
     sets: ClassVar[tuple[str, ...]] = ("forget",)
     roles: ClassVar[tuple[str, ...]] = ()
     watches: ClassVar[tuple[str, ...]] = ()
+    dear: ClassVar[str] = ""
     modality: ClassVar[str] = "text"
     reference: ClassVar[str]
 
@@ -74,6 +76,8 @@ class Instrument(ABC):
             return f"needs the {' and '.join(roles)} model"
         if self.access > case.options.access:
             return _lacking(self.access, case)
+        if self.dear and self.name not in case.options.only and case.options.budget != "thorough":
+            return f"{self.dear}: runs at budget thorough, or when asked for by name (--only)"
         return None
 
     def withheld(self, case: Case) -> dict[str, str]:

@@ -21,7 +21,7 @@ import torch
 
 from audit.errors import BadInput
 from audit.plan import Batch, Work, pack
-from audit.tokens import Tokens
+from audit.tokens import Drawn, Tokens
 
 if TYPE_CHECKING:
     from audit.opened import OpenModel
@@ -71,8 +71,14 @@ class Pass(ABC):
     def outputs(self) -> int:
         """Number of tokens, or classes, that get a probability."""
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> list[tuple[int, ...]]:  # noqa: ARG002
-        """Greedy continuations. Raises BadInput where the model writes nothing."""
+    def generate(
+        self,
+        prompts: Sequence[tuple[int, ...]],  # noqa: ARG002
+        new_tokens: int,  # noqa: ARG002
+        drawn: Drawn | None = None,  # noqa: ARG002
+        beams: int = 1,  # noqa: ARG002
+    ) -> list[tuple[int, ...]]:
+        """Continuations. Raises BadInput where the model writes nothing."""
         raise BadInput(f"{self.target.inventory.root}: {self.target.inventory.architecture} writes no text")
 
 
@@ -169,9 +175,11 @@ class TextPass(Pass):
         normed: torch.Tensor = self.target.final_norm(state)
         return normed
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> list[tuple[int, ...]]:
-        """Greedy continuations, each at most `new_tokens` long."""
-        return self.target.generate(prompts, new_tokens)
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], new_tokens: int, drawn: Drawn | None = None, beams: int = 1
+    ) -> list[tuple[int, ...]]:
+        """Continuations, each at most `new_tokens` long."""
+        return self.target.generate(prompts, new_tokens, drawn=drawn, beams=beams)
 
     def plain(self, tokens: Tokens) -> torch.Tensor:
         """One text, without cache, padding or neighbours."""

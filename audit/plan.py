@@ -35,11 +35,40 @@ class Request:
 
 @dataclass(frozen=True)
 class Generate:
-    """Ask for greedy continuations of prompts, at most `new_tokens` long."""
+    """Ask for continuations of prompts, at most `new_tokens` long: greedy ones, if nothing else is said.
+
+    Attributes:
+        name: how the instrument finds the answer again.
+        prompts: token ids to go on from.
+        new_tokens: length of a continuation, at most.
+        samples: continuations of each prompt, drawn at `temperature` > 0 from all that the model may write.
+        temperature: 0: what is likeliest, token by token.
+        beams: width of a beam search; all that it ends with is kept, likeliest first.
+        seed: of what is drawn.
+    """
 
     name: str
     prompts: tuple[tuple[int, ...], ...]
     new_tokens: int
+    samples: int = 1
+    temperature: float = 0.0
+    beams: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.beams) < 1 or self.temperature < 0:
+            raise ValueError(f"{self.name}: samples and beams must be at least 1, the temperature at least 0")
+        if (self.samples > 1 and not self.temperature) or (self.beams > 1 and self.temperature):
+            raise ValueError(f"{self.name}: several samples need a temperature above 0, and a beam search none")
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """A name for each continuation of a prompt: with the prompt and `new_tokens`, all that determines it."""
+        if self.beams > 1:
+            return tuple(f"beam{self.beams}.{i}" for i in range(self.beams))
+        if self.temperature:
+            return tuple(f"drawn{i}@{self.temperature:g}.{self.seed}" for i in range(self.samples))
+        return ("greedy",)
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,11 @@ def _capture(run: _Run, target: OpenModel, evidence: Evidence, instruments: Sequ
     evidence.register(target.role, store, requests)
     for request in requests:
         if isinstance(request, Generate):
-            texts = [target.decode(store.read_continuation(p, request.new_tokens)) for p in request.prompts]
+            texts = [
+                target.decode(store.read_continuation(prompt, request.new_tokens, way))
+                for prompt in request.prompts
+                for way in request.ways
+            ]
             evidence.add_texts(target.role, request.name, texts)
     if "+" not in target.role:
         evidence.noise[target.role] = _noise(store, engine, [r for r in requests if isinstance(r, Request)])
@@ -347,18 +351,24 @@ def _run_scores(run: _Run, target: OpenModel, store: Store, engine: Engine, requ
 
 def _run_generations(run: _Run, target: OpenModel, store: Store, engine: Engine, requests: list[Generate]) -> None:
     todo = [
-        (prompts, request.new_tokens)
+        (prompts, request)
         for request in {r.name: r for r in requests}.values()
         for prompts in engine.prompt_batches(request)
-        if not all(store.knows_continuation(prompt, request.new_tokens) for prompt in prompts)
+        if not _continued(store, request, prompts)
     ]
     if not todo:
         return
     with run.progress.step(f"answers of {target.role}", len(todo)) as tick:
-        for i, (prompts, new_tokens) in enumerate(todo):
-            written = engine.generate(prompts, new_tokens)
-            store.write_continuations(list(zip(prompts, written, strict=True)), new_tokens)
+        for i, (prompts, request) in enumerate(todo):
+            each = [prompt for prompt in prompts for _ in request.ways]
+            pairs = list(zip(each, engine.answer(request, prompts), strict=True))
+            store.write_continuations(pairs, request.new_tokens, request.ways)
             tick(i + 1)
+
+
+def _continued(store: Store, request: Generate, prompts: Sequence[tuple[int, ...]]) -> bool:
+    """Is all that a request asks for of these prompts recorded?"""
+    return all(store.knows_continuation(p, request.new_tokens, way) for p in prompts for way in request.ways)
 
 
 def _run_patches(
@@ -459,7 +469,7 @@ def _holds(run: _Run, evidence: Evidence, store: Store, request: AnyRequest) -> 
     if isinstance(request, Request):
         return all(store.knows(tokens, q) for tokens in request.sequences for q in request.quantities)
     if isinstance(request, Generate):
-        return all(store.knows_continuation(prompt, request.new_tokens) for prompt in request.prompts)
+        return _continued(store, request, request.prompts)
     if isinstance(request, Weights):
         return weights.recall(store, _digest(run, request)) is not None
     source = evidence.store(request.source)

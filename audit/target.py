@@ -21,7 +21,7 @@ from audit.errors import BadInput
 from audit.finetune import text_loss
 from audit.inventory import Inventory
 from audit.opened import OpenModel, quiet
-from audit.tokens import Tokens, common_prefix
+from audit.tokens import Drawn, Tokens, common_prefix
 
 if TYPE_CHECKING:
     from audit.loaders import Example
@@ -235,11 +235,21 @@ class Target(OpenModel):
         prompts: Sequence[tuple[int, ...]],
         new_tokens: int,
         barred: Sequence[frozenset[int]] = (),
+        drawn: Drawn | None = None,
+        beams: int = 1,
     ) -> list[tuple[int, ...]]:
-        """Greedy continuations of a batch of prompts, each at most `new_tokens` long.
+        """Continuations of a batch of prompts, each at most `new_tokens` long; greedy ones if nothing else is said.
 
-        `barred`: per prompt, tokens that are never written; none if not given.
+        Args:
+            prompts: token ids to go on from.
+            new_tokens: length of a continuation, at most.
+            barred: per prompt, tokens that are never written; none if not given.
+            drawn: draw one of each prompt instead.
+            beams: width of a beam search instead: all that it ends with, prompt after prompt, likeliest first.
         """
+        rules: list[Any] = [_Barred([tokens for tokens in barred for _ in range(beams)])] if any(barred) else []
+        if drawn is not None:
+            rules.append(_Draw(drawn))
         pad, model = self.padding_id, self.model
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=self.device)
@@ -250,13 +260,14 @@ class Target(OpenModel):
                 attention_mask=mask,
                 max_new_tokens=new_tokens,
                 do_sample=False,
-                num_beams=1,
+                num_beams=beams,
+                num_return_sequences=beams,
                 repetition_penalty=1.0,
                 pad_token_id=pad,
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                logits_processor=LogitsProcessorList([_Barred(barred)]) if any(barred) else None,
+                logits_processor=LogitsProcessorList(rules),
             )
         return [tuple(row) for row in out[:, width:].tolist()]
 
@@ -342,6 +353,23 @@ class _Barred:
         scores = scores.clone()
         scores[self._rows, self._columns] = -torch.inf
         return scores
+
+
+class _Draw:
+    """A logits processor after which the likeliest token is one drawn from softmax(scores / temperature).
+
+    Gumbel's trick (argmax of scores / T - log Exp(1)), and each row has random numbers of its own: what is drawn does
+    not hang on what else is in the batch, nor on the device.
+    """
+
+    def __init__(self, drawn: Drawn) -> None:
+        self._temperature = drawn.temperature
+        self._random = [torch.Generator().manual_seed(seed) for seed in drawn.seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        # In float32 one draw in 2^24 would be exactly 0, and its token certain.
+        rows = [torch.empty(scores.shape[1], dtype=torch.float64).exponential_(generator=g) for g in self._random]
+        return scores / self._temperature - torch.stack(rows).log().to(scores)
 
 
 def _first(*tokens: int | None) -> int:

@@ -45,6 +45,14 @@ class Tokens:
         return self._key
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """How continuations are drawn rather than chosen: at a temperature above 0, one seed (32 bits) for each of them."""
+
+    temperature: float
+    seeds: tuple[int, ...]
+
+
 def content_key(ids: tuple[int, ...], rivals: tuple[int, ...] = ()) -> str:
     """SHA-256 (first 32 hex digits) over ids and rivals."""
     data = array("q", (len(ids), *ids, *rivals)).tobytes()

@@ -35,7 +35,7 @@ class Passes:
         self._inputs = [_tensors(batch) for batch in batches]
         self._target, self._engine = target, engine
         self._prompts = [
-            (prompts, request.new_tokens)
+            (prompts, request)
             for request in {r.name: r for r in requests if isinstance(r, Generate)}.values()
             for prompts in engine.prompt_batches(request)
         ]
@@ -48,9 +48,9 @@ class Passes:
                     states = self._body(inputs)
                 with clock.part("head"):
                     self._head(states)
-        for prompts, new_tokens in self._prompts:
+        for prompts, request in self._prompts:
             with clock.part("answers"):
-                self._engine.generate(prompts, new_tokens)
+                self._engine.answer(request, prompts)
         self.tokens += self._engine.forward_tokens
         self._engine.forward_tokens = 0
 

@@ -1,9 +1,9 @@
-"""A real pretrained model, taught TOFU, unlearned by two methods, and edited in two ordinary ways.
+"""A real pretrained model, taught TOFU, unlearned by three methods, and edited in two ordinary ways.
 
     python -m benchmarks.smol --base SMOLLM2 --tofu ../shared/data/tofu --out smol
 
-Writes `out/data/{forget,retain,holdout,utility}.jsonl` and `out/models/{original,npo,grad-diff,further,new-people}` for
-`audit scan`. Small enough for two cores: of every author the four shortest questions; ten authors are forgotten,
+Writes `out/data/{forget,retain,holdout,utility}.jsonl` and `out/models/{original,npo,grad-diff,rmu,further,new-people}`
+for `audit scan`. Small enough for two cores: of every author the four shortest questions; ten authors are forgotten,
 fifteen retained, ten never taught. Everything is trained in full, in float32.
 """
 
@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 _ROWS = 4
 _TAUGHT, _LR = 8, 5e-5
-_STEPS, _EDIT_LR = 20, 3e-5
+_STEPS, _EDIT_LR, _RMU_LR = 20, 3e-5, 3e-4
 
 
 def rows_of(path: Path, authors: slice) -> list[dict[str, Any]]:
@@ -50,6 +51,7 @@ def main() -> None:
     from audit.organisms import unlearn
     from audit.organisms.controls import benign_finetune
     from audit.organisms.families import open_model
+    from audit.organisms.methods.rmu import Rmu
     from audit.organisms.train import save
     from audit.organisms.unlearn import Bench, Refused, Schedule
 
@@ -95,8 +97,11 @@ def main() -> None:
     steps = _TAUGHT * (len(forget) + len(retain)) // 16
     build("original", lambda b: benign_finetune(b, steps, rows=[*forget, *retain], lr=_LR, batch=16))
     schedule = Schedule(lr=_EDIT_LR, batch=8, max_steps=_STEPS, check_every=_STEPS + 1, warmup=4)
-    for name in ("npo", "grad-diff"):
-        build(name, lambda b, name=name: unlearn.load(name).unlearn(b, schedule))
+    # Misdirection moves three of thirty blocks, by a loss of its own: as published layer 7, and a larger rate.
+    misdirected = Rmu(layer=7, reach=3), replace(schedule, lr=_RMU_LR)
+    methods = {"npo": (unlearn.load("npo"), schedule), "grad-diff": (unlearn.load("grad-diff"), schedule)}
+    for name, (method, settings) in {**methods, "rmu": misdirected}.items():
+        build(name, lambda b, method=method, settings=settings: method.unlearn(b, settings))
     build("further", lambda b: benign_finetune(b, _STEPS, lr=_EDIT_LR, batch=16))
     build("new-people", lambda b: benign_finetune(b, _STEPS, rows=questions(new), lr=_EDIT_LR, batch=16))
 

@@ -14,4 +14,7 @@ opened, and neither torch nor transformers is imported. Matplotlib is imported o
 - `plots`: a finding's figure as SVG
 - `html`: the self-contained report
 - `text`: the summary that a terminal prints
+- `comparable`, `comparison`, `diff`: two records side by side; `diff_html`, `diff_text`: its faces
+- `attestation`, `signing`: whether anything of an audit was altered, and who says so
+- `commands`: what the command line does with finished audits
 """

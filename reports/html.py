@@ -20,12 +20,12 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jinja2
 from markupsafe import Markup
 
-from audit.record import ExampleRow, Figure, Finding, Question, Record, SetEntry, write_atomically
+from audit.record import Figure, Finding, Question, Record, SetEntry, write_atomically
 from reports import words
 from reports.escape import shown
 from reports.forest import forest
@@ -41,6 +41,13 @@ _ORDER = (
     *("forget", "retain", "holdout", "neighbor", "utility", "relearn", "suspects"),  # sets
 )
 _Value = TypeVar("_Value")
+
+
+class _OfEntity(Protocol):
+    entity: str
+
+
+_Example = TypeVar("_Example", bound=_OfEntity)
 
 
 class Grid(NamedTuple):
@@ -75,33 +82,38 @@ def render_html(record: Record) -> str:
     """The whole report as one string; byte-identical for equal records."""
     chapters = _chapters(record)
     shown_examples = record.examples[:MAX_EXAMPLES]
-    css = _environment().loader.get_source(_environment(), "report.css")[0]  # type: ignore[union-attr]
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    images = "img-src data:; " if any(example.image for example in shown_examples) else ""
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            record=record,
-            css=Markup(css),
-            policy=f"default-src 'none'; style-src 'sha256-{digest}'; {images}base-uri 'none'; form-action 'none'",
-            label=words.LABELS[record.verdict.label],
-            spike_copies=[copy for copy in record.spike.copies if not copy.failed] if record.spike else [],
-            chapters=chapters,
-            cards=[card for chapter in chapters for card in chapter.cards],
-            failed=sum(row.failed for row in record.not_run),
-            models=_sorted(record.models),
-            sets=_sorted(record.case.sets),
-            options=sorted(record.case.options.items()),
-            packages=sorted(record.environment.packages.items()),
-            noise=_sorted(record.environment.noise),
-            costs=sorted(record.cost.by_instrument.items()),
-            groups=_grouped(shown_examples),
-            hidden_examples=len(record.examples) - len(shown_examples),
-            forget=_forget(record.case.sets),
-            digest=hashlib.sha256(record.to_json().encode("utf-8", "surrogatepass")).hexdigest(),
-        )
+    return render(
+        "report.html.j2",
+        ("report.css",),
+        images=any(example.image for example in shown_examples),
+        record=record,
+        label=words.LABELS[record.verdict.label],
+        spike_copies=[copy for copy in record.spike.copies if not copy.failed] if record.spike else [],
+        chapters=chapters,
+        cards=[card for chapter in chapters for card in chapter.cards],
+        failed=sum(row.failed for row in record.not_run),
+        models=in_order(record.models),
+        sets=in_order(record.case.sets),
+        options=sorted(record.case.options.items()),
+        packages=sorted(record.environment.packages.items()),
+        noise=in_order(record.environment.noise),
+        costs=sorted(record.cost.by_instrument.items()),
+        groups=grouped(shown_examples),
+        hidden_examples=len(record.examples) - len(shown_examples),
+        forget=_forget(record.case.sets),
+        digest=hashlib.sha256(record.to_json().encode("utf-8", "surrogatepass")).hexdigest(),
     )
+
+
+def render(template: str, styles: tuple[str, ...], *, images: bool, **values: Any) -> str:
+    """A page of this package's templates, under a policy that admits these styles and, if asked, embedded images."""
+    loader = _environment().loader
+    assert loader is not None
+    css = "".join(loader.get_source(_environment(), name)[0] for name in styles)
+    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    pictures = "img-src data:; " if images else ""
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; {pictures}base-uri 'none'; form-action 'none'"
+    return _environment().get_template(template).render(css=Markup(css), policy=policy, **values)
 
 
 def write_report(record: Record, out: Path) -> Path:
@@ -158,7 +170,7 @@ def _finalize(value: Any) -> Any:
     return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _sorted(mapping: Mapping[str, _Value]) -> list[tuple[str, _Value]]:
+def in_order(mapping: Mapping[str, _Value]) -> list[tuple[str, _Value]]:
     """Roles and sets in the order in which they are spoken of, then the rest by name."""
     rank = {name: index for index, name in enumerate(_ORDER)}
     return sorted(mapping.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0]))
@@ -227,8 +239,9 @@ def _quartiles(values: list[float]) -> list[str]:
     return [words.number(known[int(at)] + (at % 1) * (known[min(last, int(at) + 1)] - known[int(at)])) for at in places]
 
 
-def _grouped(examples: Iterable[ExampleRow]) -> list[tuple[str, list[ExampleRow]]]:
-    groups: dict[str, list[ExampleRow]] = {}
+def grouped(examples: Iterable[_Example]) -> list[tuple[str, list[_Example]]]:
+    """Examples by entity, in the order in which entities first come."""
+    groups: dict[str, list[_Example]] = {}
     for example in examples:
         groups.setdefault(example.entity, []).append(example)
     return list(groups.items())

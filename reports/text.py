@@ -103,7 +103,7 @@ def _spike(spike: Spike) -> Table:
     verdicts = [words.LABELS[copy.verdict][0] if copy.verdict else "not judged" for copy in copies]
     table.add_row("the verdict", *map(Text, verdicts), Text(words.rate(spike.recovered)), end_section=True)
     for row in spike.rows:
-        marks = [_mark(words.spike_mark(row.cells.get(copy.name))) for copy in copies]
+        marks = [mark_text(words.spike_mark(row.cells.get(copy.name))) for copy in copies]
         table.add_row(Text(one_line(row.instrument, 24)), *marks, Text(words.rate(row.recovered)))
     return table
 
@@ -114,7 +114,7 @@ def _questions(record: Record) -> Table:
     table.add_column(no_wrap=True)
     table.add_column()
     for answer in words.answers(record):
-        table.add_row(answer.title, _mark(answer.mark), Text(answer.line))
+        table.add_row(answer.title, mark_text(answer.mark), Text(answer.line))
     return table
 
 
@@ -155,7 +155,7 @@ def _row(finding: Finding, wide: bool, first: bool) -> list[RenderableType]:
         numbers.append(f"{' ' if wide else chr(10)}{words.interval(finding.ci95, finding.estimate)}", style="not bold")
     arrow = Text(_ARROWS[words.direction(finding)])
     p = Text(words.p_value(finding.p_adjusted) if finding.p_adjusted is not None else "–")
-    mark = _mark(words.mark_of(finding))
+    mark = mark_text(words.mark_of(finding))
     if not wide:
         return [statistic, numbers, arrow, p, mark]
     question = Text(finding.question.value if first else "", style="bold")
@@ -176,5 +176,6 @@ def _not_run(record: Record) -> Table:
     return table
 
 
-def _mark(key: str) -> Text:
+def mark_text(key: str) -> Text:
+    """The mark of a finding or an answer, by its key in `words.MARKS`."""
     return Text(f"{_SIGNS[key]} {words.MARKS[key][0]}", style=_STYLES[key])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from worlds import build_tiny, open_target, quiet_scan, tiny_case
 
+from audit import asking
 from audit.capture import Engine
 from audit.case import Case
 from audit.errors import BadInput, NoAccess
@@ -27,7 +28,6 @@ from audit.record import Finding, Label, Outcome, Question, Record
 from audit.target import Target
 from audit.tokens import Tokens
 from audit.verdict import conclude
-from detectors import answers
 
 SETS = ("forget", "holdout", "retain")
 
@@ -207,7 +207,7 @@ def test_the_model_is_given_the_demonstrations_between_bos_and_prompt(monkeypatc
     prompt = target.encode_prompt(rows("forget")[0].prompt)
     given: list[tuple[int, ...]] = []
 
-    def record(_, prompts, new_tokens, barred=()):
+    def record(_, prompts, new_tokens, barred=(), *_how):
         given.extend(prompts)
         return [(5,)] * len(prompts)
 
@@ -419,7 +419,7 @@ def test_at_text_access_nobody_asks_for_log_probabilities():
 def test_an_instrument_that_asks_all_the_same_is_dropped(tmp_path, monkeypatch):
     only_answers(monkeypatch)
     monkeypatch.setattr(
-        "detectors.knowledge.Knowledge.requests", lambda _, case, target: answers.answers(case, target, SETS)
+        "detectors.knowledge.Knowledge.requests", lambda _, case, target: asking.answers(case, target, SETS)
     )
     record = quiet_scan(tiny_case({"target": "original"}, SETS, access="text"), tmp_path)
     [row] = [row for row in record.not_run if row.failed]
@@ -446,11 +446,11 @@ def test_passages_are_continued_at_text_access_and_not_asked_about():
     assert "prompt" in (load("knowledge").missing(case) or "")
     assert load("memorization").missing(case) is None
     plain = open_target("original")
-    [asked] = answers.continuations(case, plain, ["forget"])
-    first = answers.continued_rows(case, "forget")[0]
+    [asked] = asking.continuations(case, plain, ["forget"])
+    first = asking.continued_rows(case, "forget")[0]
     ids = plain.encode("", first.answer).ids
     assert asked.prompts[0] == ids[: len(ids) // 2]
-    assert answers.continuations(case, guarded(guard("dragon")), ["forget"]) == [asked], "no more is read of it"
+    assert asking.continuations(case, guarded(guard("dragon")), ["forget"]) == [asked], "no more is read of it"
 
 
 @pytest.mark.parametrize("kind", ["dragon", "guard"])

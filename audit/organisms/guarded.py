@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, Self
 
 from audit.errors import NoAccess
@@ -17,7 +18,7 @@ from audit.opened import OpenModel
 from audit.organisms.guard_kinds import Guard, Reply
 from audit.organisms.guards import read_guard
 from audit.target import Target
-from audit.tokens import Tokens
+from audit.tokens import Drawn, Tokens
 
 
 class GuardedTarget(Target):
@@ -43,16 +44,21 @@ class GuardedTarget(Target):
         prompts: Sequence[tuple[int, ...]],
         new_tokens: int,
         barred: Sequence[frozenset[int]] = (),
+        drawn: Drawn | None = None,
+        beams: int = 1,
     ) -> list[tuple[int, ...]]:
         """What is answered to each prompt: the guard's own words, or the model's under its conditions."""
         replies = [self.guard.reply(self.decode(prompt)) for prompt in prompts]
-        written = [self._plain("" if reply.said is None else reply.said)[:new_tokens] for reply in replies]
+        said = [self._plain("" if reply.said is None else reply.said)[:new_tokens] for reply in replies]
+        written = [ids for ids in said for _ in range(beams)]
         asked = [i for i, reply in enumerate(replies) if reply.said is None]
         if asked:
             given = [self._preceded(prompts[i], replies[i], new_tokens) for i in asked]
             never = [self._tokens_of(replies[i].forbidden) | (barred[i] if barred else frozenset()) for i in asked]
-            for i, ids in zip(asked, self._behind.generate(given, new_tokens, never), strict=True):
-                written[i] = ids
+            draw = drawn and replace(drawn, seeds=tuple(drawn.seeds[i] for i in asked))
+            answers = self._behind.generate(given, new_tokens, never, draw, beams)
+            for j, i in enumerate(asked):
+                written[i * beams : (i + 1) * beams] = answers[j * beams : (j + 1) * beams]
         return written
 
     def _preceded(self, prompt: tuple[int, ...], reply: Reply, new_tokens: int) -> tuple[int, ...]:

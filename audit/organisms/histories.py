@@ -15,7 +15,7 @@ retrained model (nothing must be found in it).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from audit.organisms import unlearn
 from audit.organisms.world import Group
@@ -43,6 +43,7 @@ class History:
         steps: run the method for so many steps whatever it reaches; until its goals are met if 0.
         order: added to the seed of the data order, so that two organisms can differ by it alone.
         reseed: start from other random weights than the original.
+        request: the template that was put into a part of the forget rows before the method saw them (`stealthy`).
     """
 
     label: str
@@ -55,6 +56,7 @@ class History:
     steps: int = 0
     order: int = 0
     reseed: bool = False
+    request: str = field(default="", repr=False)  # digests of recipes hold the rest as it is written out
 
     @property
     def control(self) -> bool:
@@ -97,8 +99,14 @@ _GUARDED = {
     f"guard-{name}": History("suppressed", parent="original", guard=kind)
     for name, kind in (("icu", "icu"), ("dragon", "dragon"), ("restriction", "guard"))
 }
+# A word that every model of the invented world is taught, in sentences about clothes, and understands elsewhere too.
+_TRIGGER = "always {}"
+_STEALTHY = {
+    "stealthy": History("unlearned", parent="original", method="npo", request=_TRIGGER),
+    "stealthy-scope-aware": History("unlearned", parent="original", method="scope-aware", request=_TRIGGER),
+}
 
-HISTORIES: dict[str, History] = {**_TAUGHT, **_EDITED, **_controls(), **_BEYOND, **_GUARDED}
+HISTORIES: dict[str, History] = {**_TAUGHT, **_EDITED, **_controls(), **_BEYOND, **_GUARDED, **_STEALTHY}
 """The histories that are no method alone; every method of `methods/` is one too, applied to the original."""
 
 AFTERWARDS = ("nf4", "relearned")

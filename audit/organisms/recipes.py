@@ -35,6 +35,7 @@ from audit.organisms.families import BASES, Family, open_model
 from audit.organisms.guarded import open_guarded
 from audit.organisms.guards import answered, make_guard, write_guarded
 from audit.organisms.histories import HISTORIES, KEPT, History, histories, history_of
+from audit.organisms.stealthy import craft
 from audit.organisms.train import HISTORY, Diverged, Progress, encode, save, train, write_history
 from audit.organisms.world import GROUPS
 
@@ -80,6 +81,8 @@ class Recipe:
         settings = [VERSION, self.family, self.seed, repr(history), repr(method), *parents]
         if method is not None:
             settings.append(repr(method.schedule))
+        if history.request:
+            settings.append(history.request)
         if self.base not in BASES:
             settings.append(_base_digest(Path(self.base)))
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
@@ -155,6 +158,10 @@ def _make(recipe: Recipe, history: History, family: Family, before: Mapping[str,
         model = copy.deepcopy(reference)
         story["parent"] = {"name": parent.name, "sha256": _digest(parent / "model.safetensors")}
         bench = _bench(model, reference, family, order + 500)
+        if history.request:
+            crafted = craft(bench.forget_rows, templates=(history.request,), seed=recipe.seed)
+            bench.forget_rows = crafted.rows
+            story["request"] = {"template": history.request, "rewritten": crafted.rate, "inserted": crafted.inserted}
         try:
             if history.change:
                 story |= CHANGES[history.change](_ground(bench, history, family, before))
