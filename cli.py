@@ -20,7 +20,7 @@ from audit.errors import AuditError, Incomplete
 from audit.terminal import bars, stages
 from audit.terminal import err as _err
 from audit.terminal import out as _out
-from reports.commands import diff, keygen, note, sign, verify
+from reports.commands import check, diff, keygen, note, sign, verify
 
 if TYPE_CHECKING:
     from audit.case import Case
@@ -38,6 +38,7 @@ app.add_typer(organisms, name="organisms")
 app.command()(bench)
 app.command()(calibrate)
 app.command()(diff)
+app.command()(check)
 app.command()(sign)
 app.command()(verify)
 app.command()(note)
@@ -108,6 +109,10 @@ def scan(
     as_json: Annotated[bool, typer.Option("--json", help="print the record")] = False,
     spike: Annotated[bool, typer.Option("--spike", help="also look for facts planted in copies of this model")] = False,
     profile: Annotated[OptionalPath, typer.Option(help="reference profile to judge by, see `audit calibrate`")] = None,
+    policy: Annotated[
+        OptionalPath, typer.Option(help="policy.toml: exit 1 if it fails, whatever --fail-on says")
+    ] = None,
+    emit_policy: Annotated[OptionalPath, typer.Option(help="write a policy: no worse than this audit")] = None,
 ) -> None:
     """Audit a model folder: verdict, record.json and report.html."""
     sets = {"forget": forget, "retain": retain, "holdout": holdout}
@@ -124,7 +129,8 @@ def scan(
         "dtype": dtype,
     }
     built = _build_case(case, models, sets, columns, options)
-    _audit(built, out, fail_on=fail_on, as_json=as_json, spike=spike, profile=profile)
+    policies = {"policy": policy, "emit_policy": emit_policy}
+    _audit(built, out, fail_on=fail_on, as_json=as_json, spike=spike, profile=profile, **policies)
 
 
 @app.command()
@@ -177,10 +183,19 @@ def _build_case(
 
 
 def _audit(
-    case: Case, out: Path, *, fail_on: str, as_json: bool, spike: bool = False, profile: Path | None = None
+    case: Case,
+    out: Path,
+    *,
+    fail_on: str,
+    as_json: bool,
+    spike: bool = False,
+    profile: Path | None = None,
+    policy: Path | None = None,
+    emit_policy: Path | None = None,
 ) -> None:
     """Scan, report, print, and leave with the exit code the result asks for."""
     from audit.errors import BadInput
+    from audit.policy import check, emit, read_policy, write_policy
     from audit.record import Outcome
 
     alarms = {
@@ -190,15 +205,27 @@ def _audit(
     }
     if fail_on not in alarms:
         raise BadInput(f"--fail-on {fail_on!r} is none of {', '.join(alarms)}")
+    rules = None if policy is None else read_policy(policy)
     record = _scan_and_report(case, out, show=not as_json, spike=spike, profile=profile)
     if as_json:
         sys.stdout.write(record.to_json())
+    if emit_policy is not None:
+        write_policy(emit(record), emit_policy)
+    if rules is not None:
+        from reports.policy_text import policy_summary
+
+        result = check(rules, record)
+        result.write(out)
+        if not as_json:
+            _out.print(policy_summary(result))
+        if not result.passed:
+            raise typer.Exit(1)
     failed = [n for n in record.not_run if n.failed]
     if failed:
         raise Incomplete(
             f"incomplete: {', '.join(n.instrument for n in failed)} failed (reasons in {out / 'record.json'})"
         )
-    if any(f.verdict in alarms[fail_on] for f in record.findings):
+    if rules is None and any(f.verdict in alarms[fail_on] for f in record.findings):
         raise typer.Exit(1)
 
 
@@ -330,14 +357,26 @@ def inventory(
 def report(
     audit_dir: Annotated[Path, typer.Argument(metavar="OUT", help="an audit folder, or its record.json")],
     out: Annotated[OptionalPath, typer.Option(help="where report.html goes; beside the record if not given")] = None,
+    faces: Annotated[
+        str | None, typer.Option("--as", help="instead: markdown, sarif, csv, card, mlbom, mapping, comma-separated")
+    ] = None,
+    mapping: Annotated[str | None, typer.Option(help="mapping.md for: gdpr, ai-act, nist, comma-separated")] = None,
 ) -> None:
-    """Render report.html from a record again; needs no model."""
+    """Render report.html from a record again, or its other faces; needs no model."""
     from audit.record import Record
-    from reports.html import write_report
 
     folder = audit_dir if audit_dir.is_dir() else audit_dir.parent
-    page = write_report(Record.read(audit_dir), out or folder)
-    _out.print(str(page.resolve()), markup=False, highlight=False, soft_wrap=True)
+    record = Record.read(audit_dir)
+    if faces is None and mapping is None:
+        from reports.html import write_report
+
+        pages = [write_report(record, out or folder)]
+    else:
+        from reports.faces.registry import write_faces
+
+        pages = write_faces(record, faces, out or folder, frameworks=mapping)
+    for page in pages:
+        _out.print(str(page.resolve()), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -15,6 +15,7 @@ opened, and neither torch nor transformers is imported. Matplotlib is imported o
 - `html`: the self-contained report
 - `text`: the summary that a terminal prints
 - `comparable`, `comparison`, `diff`: two records side by side; `diff_html`, `diff_text`: its faces
+- `faces`: Markdown, SARIF, CSV, a model card, an ML-BOM; `mapping`: findings by what legal texts ask
 - `attestation`, `signing`: whether anything of an audit was altered, and who says so
-- `commands`: what the command line does with finished audits
+- `policy_text`: how a policy was met; `commands`: what the command line does with finished audits
 """

@@ -128,3 +128,41 @@ def diff(
         return
     out.print(diff_summary(comparison))
     out.print(f"side by side: {page.resolve()}", markup=False, highlight=False, soft_wrap=True)
+
+
+# --- policies -----------------------------------------------------------------------------------------------
+
+
+def check(
+    audit_dir: AuditDir,
+    policy: Annotated[Path | None, typer.Option(help="policy.toml: what the audit has to show")] = None,
+    emit_policy: Annotated[Path | None, typer.Option(help="write a policy: no worse than this audit")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as data")] = False,
+) -> None:
+    """Hold a finished audit against a policy: exit 1 if it fails."""
+    from audit.policy import RESULT, emit, read_policy, write_policy
+    from audit.policy import check as hold
+    from audit.record import Record
+    from reports.attestation import ATTESTATION
+    from reports.policy_text import policy_summary
+
+    if policy is None and emit_policy is None:
+        raise BadInput("give --policy FILE to hold the audit against, or --emit-policy FILE to write one")
+    rules = None if policy is None else read_policy(policy)
+    record = Record.read(audit_dir)
+    if emit_policy is not None:
+        write_policy(emit(record), emit_policy)
+    if rules is None:
+        return
+    result = hold(rules, record)
+    folder = audit_dir if audit_dir.is_dir() else audit_dir.parent
+    signed = (folder / ATTESTATION).exists()
+    if not signed:
+        result.write(folder)
+    if as_json:
+        sys.stdout.write(result.to_json())
+    else:
+        out.print(policy_summary(result))
+        _tell([f"{folder} is signed: {RESULT} is not written into it" if signed else f"kept in {folder / RESULT}"])
+    if not result.passed:
+        raise typer.Exit(1)
