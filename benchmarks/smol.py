@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 _ROWS = 4
 _TAUGHT, _LR = 8, 5e-5
-_STEPS, _EDIT_LR, _RMU_LR = 20, 3e-5, 3e-4
+_STEPS, _EDIT_LR, _RMU_LR = 20, 3e-5, 1e-3
 
 
 def rows_of(path: Path, authors: slice) -> list[dict[str, Any]]:

@@ -1,0 +1,75 @@
+"""What every instrument estimated in some organisms, finding by finding, as Markdown:
+
+    python -m benchmarks.estimates docs/bench/rows.jsonl.gz bench/rows --organisms llama-original-0,llama-retrained-0 \
+        --findings lens/choice,relearn/untaught-half --controls
+
+Reads the bench's rows: files (`audit bench --keep`) or its folder `rows`. Bold is evidence by nominal thresholds,
+`none` an interval that excludes the threshold where known facts were seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from audit.bench.rows import Row, read_rows
+from audit.record import Finding, Outcome
+from audit.verdict import judge
+from reports.words import number
+
+
+def rows_of(paths: list[Path]) -> dict[str, Row]:
+    """The rows of files and folders by organism; of two, the one with more findings."""
+    found: dict[str, Row] = {}
+    for path in paths:
+        each = (
+            read_rows(path)
+            if path.is_file()
+            else [Row.model_validate_json(p.read_bytes()) for p in sorted(path.glob("*.json"))]
+        )
+        for row in each:
+            known = found.get(row.name)
+            if known is None or len(row.findings) > len(known.findings):
+                found[row.name] = row
+    return found
+
+
+def table(rows: list[Row], wanted: list[str], *, controls: bool) -> str:
+    """A line a finding, a column an organism; with `controls`, what its positive control showed in brackets."""
+    judged = [{f.id: f for f in judge(row.findings)} for row in rows]
+    ids = wanted or list(dict.fromkeys(identity for each in judged for identity in each))
+    head = ["finding", *(f"{row.history}" if len({r.family for r in rows}) == 1 else row.name for row in rows)]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for identity in ids:
+        lines.append(f"| {identity} | {' | '.join(_cell(each.get(identity), controls) for each in judged)} |")
+    return "\n".join(lines)
+
+
+def _cell(finding: Finding | None, controls: bool) -> str:
+    if finding is None or finding.estimate is None:
+        return "–"
+    lo, hi = finding.ci95
+    text = f"{number(finding.estimate)} [{number(lo)}, {number(hi)}]"
+    if finding.verdict == Outcome.EVIDENCE:
+        text = f"**{text}**"
+    elif finding.verdict == Outcome.NONE:
+        text += " none"
+    known = next((c.estimate for c in finding.controls if c.name == "positive control"), None)
+    return f"{text} ({number(known)})" if controls and known is not None else text
+
+
+def main() -> None:
+    """Print what is asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.estimates", description="bold: evidence")
+    parser.add_argument("rows", type=Path, nargs="+")
+    parser.add_argument("--organisms", required=True)
+    parser.add_argument("--findings", default="")
+    parser.add_argument("--controls", action="store_true")
+    given = parser.parse_args()
+    found = rows_of(given.rows)
+    rows = [found[name] for name in given.organisms.split(",") if name in found]
+    print(table(rows, [name for name in given.findings.split(",") if name], controls=given.controls))
+
+
+if __name__ == "__main__":
+    main()
