@@ -151,9 +151,9 @@ def attack(
 ) -> None:
     """Run one attack alone, as a scan would."""
     from audit.errors import BadInput
-    from audit.instrument import Attack, load
+    from audit.instrument import is_attack, load
 
-    if not isinstance(load(name), Attack):
+    if not is_attack(load(name)):
         raise BadInput(f"{name!r} is no attack (see `audit list`); run it with `audit scan --only {name}`")
     sets = {"forget": forget, "retain": retain, "holdout": holdout}
     models = {"target": model, "original": original, "retrained": retrained}
@@ -297,14 +297,14 @@ def list_instruments(as_json: Annotated[bool, typer.Option("--json")] = False) -
     """The instruments, by question."""
     from rich.table import Table
 
-    from audit.instrument import Attack, Broken, load_all
+    from audit.instrument import Broken, is_attack, load_all
 
     rows = [
         {"name": i.name, "broken": i.reason}
         if isinstance(i, Broken)
         else {
             "name": i.name,
-            "kind": "attack" if isinstance(i, Attack) else "instrument",
+            "kind": "attack" if is_attack(i) else "instrument",
             "title": i.title,
             "question": i.question.value,
             "access": i.access.name.lower(),

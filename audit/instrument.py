@@ -141,6 +141,11 @@ class Attack(Instrument):
         """Alter the model step by step; `tick(done, total)` shows progress."""
 
 
+def is_attack(instrument: Instrument) -> bool:
+    """Does it try to bring knowledge back, by altering the model or by asking it otherwise?"""
+    return isinstance(instrument, Attack) or instrument.question == Question.RECOVERY
+
+
 @dataclass(frozen=True)
 class Broken:
     """A registered instrument that cannot be imported or breaks the contract."""

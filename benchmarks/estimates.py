@@ -15,7 +15,6 @@ from pathlib import Path
 from audit.bench.rows import Row, read_rows
 from audit.record import Finding, Outcome
 from audit.verdict import judge
-from reports.words import number
 
 
 def rows_of(paths: list[Path]) -> dict[str, Row]:
@@ -34,28 +33,33 @@ def rows_of(paths: list[Path]) -> dict[str, Row]:
     return found
 
 
-def table(rows: list[Row], wanted: list[str], *, controls: bool) -> str:
-    """A line a finding, a column an organism; with `controls`, what its positive control showed in brackets."""
+def table(rows: list[Row], wanted: list[str], *, controls: bool, levels: bool) -> str:
+    """A line a finding, a column an organism; with `controls`, what its positive control showed in brackets.
+
+    `levels`: the statistic on forget rows by itself, under attack the largest of its ways, instead of the excess.
+    """
     judged = [{f.id: f for f in judge(row.findings)} for row in rows]
     ids = wanted or list(dict.fromkeys(identity for each in judged for identity in each))
     head = ["finding", *(f"{row.history}" if len({r.family for r in rows}) == 1 else row.name for row in rows)]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for identity in ids:
-        lines.append(f"| {identity} | {' | '.join(_cell(each.get(identity), controls) for each in judged)} |")
+        lines.append(f"| {identity} | {' | '.join(_cell(each.get(identity), controls, levels) for each in judged)} |")
     return "\n".join(lines)
 
 
-def _cell(finding: Finding | None, controls: bool) -> str:
+def _cell(finding: Finding | None, controls: bool, levels: bool) -> str:
     if finding is None or finding.estimate is None:
         return "–"
+    if levels:
+        return "–" if finding.level is None else f"{finding.level:.2f}"
     lo, hi = finding.ci95
-    text = f"{number(finding.estimate)} [{number(lo)}, {number(hi)}]"
+    text = f"{finding.estimate:.2f} [{lo:.2f}, {hi:.2f}]" if lo is not None and hi is not None else "–"
     if finding.verdict == Outcome.EVIDENCE:
         text = f"**{text}**"
     elif finding.verdict == Outcome.NONE:
         text += " none"
     known = next((c.estimate for c in finding.controls if c.name == "positive control"), None)
-    return f"{text} ({number(known)})" if controls and known is not None else text
+    return f"{text} ({known:.2f})" if controls and known is not None else text
 
 
 def main() -> None:
@@ -65,10 +69,13 @@ def main() -> None:
     parser.add_argument("--organisms", required=True)
     parser.add_argument("--findings", default="")
     parser.add_argument("--controls", action="store_true")
+    parser.add_argument("--levels", action="store_true")
     given = parser.parse_args()
     found = rows_of(given.rows)
     rows = [found[name] for name in given.organisms.split(",") if name in found]
-    print(table(rows, [name for name in given.findings.split(",") if name], controls=given.controls))
+    print(
+        table(rows, [name for name in given.findings.split(",") if name], controls=given.controls, levels=given.levels)
+    )
 
 
 if __name__ == "__main__":
