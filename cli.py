@@ -261,7 +261,9 @@ def demo(
     images: Annotated[bool, typer.Option("--images", help="image classifiers, of digits")] = False,
     base: Annotated[OptionalPath, typer.Option(help="start from this model folder instead of from scratch")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    budget: Annotated[str, typer.Option(help="quick, standard or thorough")] = "standard",
+    budget: Annotated[
+        str | None, typer.Option(help="quick, standard or thorough; quick, or standard with --images")
+    ] = None,
     fail_on: Annotated[str, typer.Option(help="evidence, inconclusive or never")] = "never",
 ) -> None:
     """Build three small models of known history, and audit the unlearned one."""
@@ -280,6 +282,7 @@ def demo(
             built = build_demo(out, seed=seed, base=base, progress=stages(progress))
     specs = {name: SetSpec(path) for name, path in built.sets.items()}
     models = {"target": built.models["unlearned"]} | {r: built.models[r] for r in ("original", "retrained")}
+    budget = budget or ("standard" if images else "quick")
     options = Options.parse({"seed": seed, "budget": budget, "template": "plain"}, "demo")
     _audit(
         Case.build(models, specs, options, f"demo: {'one digit' if images else 'a small world'}, unlearned"),

@@ -385,7 +385,10 @@ class Record(_Model):
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """Read `record.json`, or the one inside an audit folder.
+        """Read `record.json`, or the one inside an audit folder; of this schema version, or an older minor one.
+
+        A newer minor one is refused: what its new fields say could change what the old ones mean, and nobody would
+        see that it was left out.
 
         Raises:
             BadInput: no such file, not JSON, another schema version, or a field that does not fit it.
@@ -398,8 +401,14 @@ class Record(_Model):
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise BadInput(f"{path}: not a readable JSON record ({error})") from None
         version = str(data.get("schema_version", "")) if isinstance(data, dict) else ""
-        if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        (major, minor), (ours, newest) = (text.partition(".")[::2] for text in (version, SCHEMA_VERSION))
+        if major != ours or not minor.isdecimal():
             raise BadInput(f"{path}: schema_version {version!r}, this tool reads {SCHEMA_VERSION!r}")
+        if int(minor) > int(newest):
+            raise BadInput(
+                f"{path}: schema_version {version!r} is newer than {SCHEMA_VERSION!r}, the newest this tool reads; "
+                "read it with the version of the tool that wrote it, or a later one"
+            )
         try:
             return cls.model_validate(data)
         except ValidationError as error:

@@ -6,7 +6,7 @@
     write_diff(compare(Record.read(a), Record.read(b)), Path("audit-diff"))
 
 From question to instrument to finding by `<details>`, without a script; then example by example. Nothing is drawn but
-rows of a forest plot, so Matplotlib is not imported. Equal comparisons give equal bytes.
+rows of a forest plot. Equal comparisons give equal bytes.
 """
 
 from __future__ import annotations

@@ -57,10 +57,10 @@ def _forest(rows: list[tuple[str, str, Finding]]) -> Markup:
         parts.append(_label("null-label", nulls[1], low, high, height + _UNDER - 6, f"null of B {setting(nulls[1])}"))
         height += _UNDER
     parts.append(_line("axis", "0%", "100%", axis, axis))
-    for tick in _ticks(low, high):
+    for tick in ticks(low, high):
         parts += [
             _line("axis", at(tick), at(tick), axis, axis + 4),
-            _label("tick", tick, low, high, axis + 18, _tick_text(tick, low, high)),
+            _label("tick", tick, low, high, axis + 18, tick_text(tick, low, high)),
         ]
     return Markup('<svg class="forest" role="img" aria-label="{}" width="100%" height="{}">{}</svg>').format(
         " ".join(alts), height, Markup("").join(parts)
@@ -111,14 +111,15 @@ def _domain(known: list[float]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Three to seven round values inside the domain."""
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= 7)
     return [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _tick_text(tick: float, low: float, high: float) -> str:
+def tick_text(tick: float, low: float, high: float) -> str:
+    """The value of a tick, with the decimals that the domain asks for."""
     if abs(tick) < (high - low) * 1e-9:
         return "0"
     if not 1e-4 <= high - low < 1e7:

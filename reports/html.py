@@ -25,10 +25,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jinja2
 from markupsafe import Markup
 
-from audit.record import Figure, Finding, Question, Record, SetEntry, write_atomically
+from audit.record import Figure, Finding, Outcome, Question, Record, SetEntry, write_atomically
 from reports import words
 from reports.escape import shown
 from reports.forest import forest
+from reports.methods import Method, methods
+from reports.plots import draw
 
 MAX_EXAMPLES = 400
 MAX_TEXT = 600
@@ -72,15 +74,17 @@ class Card(NamedTuple):
 
 
 class Chapter(NamedTuple):
-    """One question's answer and its findings."""
+    """One question's answer, its findings, and what was tried to answer it."""
 
     answer: words.Answer
     cards: list[Card]
+    methods: list[Method]
 
 
 def render_html(record: Record) -> str:
     """The whole report as one string; byte-identical for equal records."""
     chapters = _chapters(record)
+    cards = [card for chapter in chapters for card in chapter.cards]
     shown_examples = record.examples[:MAX_EXAMPLES]
     return render(
         "report.html.j2",
@@ -90,7 +94,13 @@ def render_html(record: Record) -> str:
         label=words.LABELS[record.verdict.label],
         spike_copies=[copy for copy in record.spike.copies if not copy.failed] if record.spike else [],
         chapters=chapters,
-        cards=[card for chapter in chapters for card in chapter.cards],
+        cards=cards,
+        silent=[(card, *bound) for card in cards if (bound := _bound(card.finding))],
+        tally=[(key, count) for key in words.MARKS if (count := sum(card.mark == key for card in cards))],
+        shows=words.SHOWS[record.verdict.label],
+        access=words.ACCESS.get(str(record.case.options.get("access"))),
+        effort=words.EFFORT.get(str(record.case.options.get("budget"))),
+        elsewhere=methods([], [row for row in record.not_run if row.question is None]),
         failed=sum(row.failed for row in record.not_run),
         models=in_order(record.models),
         sets=in_order(record.case.sets),
@@ -159,6 +169,7 @@ def _environment() -> jinja2.Environment:
         GATES=words.GATES,
         GLOSSARY=words.GLOSSARY,
         LABELS=words.LABELS,
+        REFERENCES=words.REFERENCES,
         MEASURED=words.MEASURED,
         MAX_ROWS=MAX_ROWS,
     )
@@ -177,11 +188,31 @@ def in_order(mapping: Mapping[str, _Value]) -> list[tuple[str, _Value]]:
 
 
 def _chapters(record: Record) -> list[Chapter]:
-    chapters = [Chapter(answer, []) for answer in words.answers(record)]
-    place = {question: index for index, question in enumerate(Question)}
+    cards: dict[Question, list[Card]] = {question: [] for question in Question}
     for index, finding in enumerate(record.findings, start=1):
-        chapters[place[finding.question]].cards.append(_card(finding, f"finding-{index}"))
-    return chapters
+        cards[finding.question].append(_card(finding, f"finding-{index}"))
+    return [
+        Chapter(
+            answer,
+            cards[answer.question],
+            methods(
+                [card.finding for card in cards[answer.question]],
+                [row for row in record.not_run if row.question is answer.question],
+            ),
+        )
+        for answer in words.answers(record)
+    ]
+
+
+def _bound(finding: Finding) -> tuple[str, str] | None:
+    """What a test that found nothing does not rule out, and what it shows of what is certainly there.
+
+    None if it found something, be it on a side that is no cause for alarm.
+    """
+    largest, known = words.not_ruled_out(finding), words.known_effect(finding)
+    if finding.verdict is not Outcome.NONE or largest is None or largest >= finding.threshold:
+        return None
+    return words.number(max(0.0, largest), finding.threshold), "–" if known is None else words.number(known)
 
 
 def _card(finding: Finding, anchor: str) -> Card:
@@ -189,14 +220,8 @@ def _card(finding: Finding, anchor: str) -> Card:
     if finding.figure is not None:
         values = _values(finding.figure)
         try:
-            from reports.plots import draw  # here, since most commands draw nothing
-
-            plot = Markup(draw(finding.figure, prefix=anchor))
-        except (
-            ValueError,
-            ArithmeticError,
-            MemoryError,
-        ) as error:  # the record's data, not a fault of the report
+            plot = Markup(draw(finding.figure))
+        except (ValueError, ArithmeticError, MemoryError) as error:  # the record's data, not a fault of the report
             trouble = f"This figure could not be drawn ({error})."
     table = None
     if finding.table is not None:
@@ -209,6 +234,7 @@ def _values(figure: Figure) -> Grid:
     """A figure's data as a table: quartiles of a distribution, otherwise one row per x."""
     if figure.kind == "distribution":
         rows = [[one.label, f"{len(one.x):,}", *_quartiles(one.x)] for one in figure.series]
+        rows += [[name, "line", *[""] * 2, words.number(at), *[""] * 2] for name, at in figure.reference_lines.items()]
         return Grid(["series", "n", "smallest", "25 %", "median", "75 %", "largest"], rows[:MAX_ROWS], 0)
     cells: list[dict[float, str]] = []
     for one in figure.series:

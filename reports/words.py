@@ -51,6 +51,105 @@ LABELS: dict[Label, tuple[str, str]] = {
     Label.INCONCLUSIVE: ("Inconclusive", "These tests do not decide whether the model has forgotten."),
 }
 
+SAID: dict[tuple[Question, str], str] = {
+    (Question.TRACE, "unlearned"): "Unlearned: it bears marks that unlearning leaves, and ordinary edits do not.",
+    (Question.TRACE, "none"): "No mark of unlearning was found, by tests that would have seen one.",
+    (Question.LEAKAGE, "remains"): "Yes: it comes out, as it does not from a model that was never taught it.",
+    (Question.LEAKAGE, "beyond"): "Not seen to come out; but the forgotten answers are shunned more than answers that "
+    "were never taught, which betrays an edit.",
+    (Question.LEAKAGE, "none"): "Nothing came out, in tests that would have seen it.",
+    (Question.REPRESENTATION, "remains"): "Yes: it can be found inside the model.",
+    (
+        Question.REPRESENTATION,
+        "beyond",
+    ): "Not found inside; but there the forget set is treated otherwise than what was "
+    "never taught, which betrays an edit.",
+    (Question.REPRESENTATION, "none"): "Nothing was found inside, by tests that would have seen it.",
+    (Question.RECOVERY, "remains"): "Yes: it comes back under attack, as what was never taught does not.",
+    (
+        Question.RECOVERY,
+        "beyond",
+    ): "Not seen to come back; but the model learns the forgotten facts worse than new ones, "
+    "so that silence under attack proves little.",
+    (Question.RECOVERY, "none"): "Nothing came back, under attacks that would have shown it.",
+    (Question.UTILITY, "damage"): "Something was damaged that should have stayed as it was.",
+    (Question.UTILITY, "none"): "Nothing, in what was tested.",
+}
+"""A question's answer in one line, by the key of its mark."""
+
+FAMILIAR = (
+    "Hinted at: the forget set is treated as something familiar. An edit of the output does that too, in a model that "
+    "knows nothing."
+)
+"""The answer where knowledge is seen by such statistics only as decide nothing alone."""
+
+SHOWS: dict[Label, tuple[str, tuple[str, ...]]] = {
+    Label.NOT_UNLEARNED: (
+        "Asked plainly, this model gives what it is said to have forgotten.",
+        ("That every single fact is still there. Findings are about the forget set as a whole.",),
+    ),
+    Label.SUPPRESSED: (
+        "What this model is said to have forgotten was found in it, by tests that find nothing of the kind in what it "
+        "was never taught.",
+        (
+            "That anybody can get at it by asking. What is found inside, or after retraining, needs the model’s files.",
+            "That every single fact is still there. Findings are about the forget set as a whole.",
+        ),
+    ),
+    Label.DELETED: (
+        "By these tests this model cannot be told from one that never saw the data, and the tests would have seen "
+        "effects of the sizes below.",
+        (
+            "That the data are gone. Deletion cannot be proven: another test, or a stronger attack, may find what "
+            "these did not.",
+        ),
+    ),
+    Label.OVER_UNLEARNED: (
+        "This model treats the forget set worse than data that it never saw: it was pushed too far, and that can "
+        "be seen.",
+        ("Whether anything is left beneath. A model pushed too far also resists the attacks that would tell.",),
+    ),
+    Label.INCONCLUSIVE: (
+        "Nothing, either way, about whether the knowledge is gone. Single findings hold all the same.",
+        ("That the model is clean. Inconclusive is not a pass.",),
+    ),
+}
+"""What follows from a verdict, and what does not, in plain words."""
+
+ACCESS: dict[str, tuple[str, str]] = {
+    "text": (
+        "The auditor could ask the model and read its answers, and nothing else.",
+        "Somebody who can ask the model whatever they like and read what it says. Somebody who has its files, or sees "
+        "its probabilities, can do more than was tried here.",
+    ),
+    "logprobs": (
+        "The auditor could ask the model, read its answers, and see how likely it holds each word to be. The inside of "
+        "the model was not looked at.",
+        "Somebody who can ask the model whatever they like and sees its probabilities. Somebody who has its files can "
+        "do more than was tried here.",
+    ),
+    "weights": (
+        "The auditor had the model’s files: its inside could be read, and copies of it altered and retrained.",
+        "Somebody who has the model’s files, may read, alter and retrain it, and knows some of the forgotten facts or "
+        "facts like them. Somebody who can only ask it can do less.",
+    ),
+}
+"""By access level: what the auditor could see, and whom the attacks stand for."""
+
+REFERENCES: dict[str, str] = {
+    "original": "the same model before unlearning",
+    "retrained": "a model that never saw the forget set",
+}
+"""What a model that the target is compared with is, by its role."""
+
+EFFORT: dict[str, str] = {
+    "quick": "Quick, the least of three: few rows, short attacks. Silence at this effort is worth the least.",
+    "standard": "Standard, the middle of three. A thorough audit asks more rows, attacks longer, and tries attacks "
+    "that were left out here.",
+    "thorough": "Thorough, the most of three. Whoever spends more than this audit did may still find more.",
+}
+"""By budget: how hard was tried."""
+
 MARKS: dict[str, tuple[str, str]] = {
     "remains": ("knowledge remains", "knowledge remains"),
     "beyond": ("below never-taught", "below a never-taught model (over-unlearning or output edit)"),
@@ -99,6 +198,10 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("retain set", "Examples that the target was taught and should still know."),
     ("holdout set", "Examples like the forget set that were never taught: what not knowing looks like."),
     ("neighbor set", "Examples close in subject to the forget set, which should not have been harmed."),
+    ("suspects", "Examples of which it is asked whether they look forgotten."),
+    ("access", "What the auditor could see of the model: its answers, its probabilities, or its files."),
+    ("adversary", "Whoever might try to get the forgotten knowledge out; the attacks do what they would."),
+    ("attack", "A change to the model, or to what it is asked, that may bring hidden knowledge back."),
     ("never-taught", "A model, or facts, that never had the data. Evidence is what differs from it."),
     (
         "instrument",
@@ -122,6 +225,14 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
         "control",
         "A measurement that must come out as known; where a gating one fails, its finding proves nothing.",
     ),
+    (
+        "positive control",
+        "The same test on what the model certainly knows. If it does not see that, its silence means nothing.",
+    ),
+    (
+        "not ruled out",
+        "The largest effect that the data still allow. A silent test is worth as much as this number is small.",
+    ),
     ("spike", "A synthetic fact planted in a copy of the target, to see which instruments find it."),
     ("digest", "A SHA-256 fingerprint: two files with the same digest are the same file."),
 )
@@ -129,7 +240,10 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class Answer:
-    """One of the five questions, answered in one line."""
+    """One of the five questions, answered in one line.
+
+    `said` is the answer, `confidence` how sure it is and why, `line` what the findings came to.
+    """
 
     question: Question
     title: str
@@ -137,6 +251,8 @@ class Answer:
     mark: str
     line: str
     coverage: str
+    said: str
+    confidence: str
 
 
 def number(value: float | None, *beside: float | None) -> str:
@@ -245,18 +361,43 @@ def direction(finding: Finding) -> str:
     return "above" if distance > 0 else "below"
 
 
+def not_ruled_out(finding: Finding) -> float | None:
+    """The largest effect, towards the side that raises the alarm, that the interval still allows."""
+    lo, hi = finding.ci95
+    if lo is None or hi is None:
+        return None
+    up = (hi if finding.bound is None else finding.bound) - finding.null_value
+    down = finding.null_value - lo
+    reach = [way for way, side in zip((up, down), finding.sides, strict=True) if side in _ALARMING]
+    return max(reach or [hi - finding.null_value, down])
+
+
+_ALARMING = (Side.REMAINS, Side.DAMAGE, Side.UNLEARNED)
+
+
+def known_effect(finding: Finding) -> float | None:
+    """What the same statistic shows where the effect certainly is: its positive control, if it passed."""
+    seen = (c.estimate for c in finding.controls if c.name == "positive control" and c.passed)
+    return next((estimate - finding.null_value for estimate in seen if estimate is not None), None)
+
+
 def error_rate(rate: ErrorRate) -> str:
     """How often such a verdict is wrong, in words."""
     if rate.estimate is None and rate.upper95 is None:
-        return "Not measured for this case."
+        return _unmeasured(rate)
     return _counted(rate, "at most", rate.upper95)
 
 
 def power(found: Power) -> str:
     """How often knowledge that is hidden is found, in words."""
     if found.estimate is None:
-        return "Not measured for this case."
+        return _unmeasured(found)
     return _counted(found, "at least", found.lower95)
+
+
+def _unmeasured(found: ErrorRate | Power) -> str:
+    basis = found.basis or "not measured for this case"
+    return f"{basis[0].upper()}{basis[1:]}."
 
 
 def _counted(found: ErrorRate | Power, side: str, bound: float | None) -> str:
@@ -288,7 +429,41 @@ def _answer(record: Record, question: Question) -> Answer:
         line = f"Of {plural(total, 'finding')}: {', '.join(tally)}{_unrun(missing)}."
         line = line if mark != "inconclusive" else f"No evidence, but not clean either. {line}"
     title, asked = ASKED[question]
-    return Answer(question, title, asked, mark, line, record.verdict.coverage.get(question, ""))
+    coverage = record.verdict.coverage.get(question, "")
+    return Answer(
+        question, title, asked, mark, line, coverage, _said(record, question, mark), _confidence(record, question, mark)
+    )
+
+
+def _said(record: Record, question: Question, mark: str) -> str:
+    seen = [f for f in record.findings if f.question is question and mark_of(f) == mark]
+    if mark == "remains" and not any(f.decides[f.side is not f.sides[0]] for f in seen):
+        return FAMILIAR
+    general = {"inconclusive": "Not decided, which is not the same as clean.", "untested": "Not tested."}
+    return SAID.get((question, mark)) or general.get(mark) or f"There is evidence: {MARKS[mark][1]}."
+
+
+def _confidence(record: Record, question: Question, mark: str) -> str:
+    """How sure the answer in one line is, by the findings that it rests on."""
+    group = [finding for finding in record.findings if finding.question is question]
+    found = [finding for finding in group if mark_of(finding) == mark]
+    if mark == "untested":
+        return "none: there is nothing to be sure of."
+    if mark == "inconclusive":
+        return "none: no interval lies clear of its threshold, or a control failed."
+    unclear = sum(finding.verdict is Outcome.INCONCLUSIVE for finding in group)
+    if mark == "none":
+        return "each 95 % interval excludes an effect as large as its threshold."
+    ps = [finding.p_adjusted for finding in found if finding.p_adjusted is not None]
+    surest = f", at the clearest p {_p(min(ps))} after correction for all {len(group)} tests" if ps else ""
+    instruments = len({finding.instrument for finding in found})
+    rest = f"; {unclear} of {len(group)} undecided" if unclear else ""
+    return f"{plural(len(found), 'finding')} by {plural(instruments, 'instrument')}{surest}{rest}."
+
+
+def _p(value: float) -> str:
+    text = p_value(value)
+    return text if text.startswith("<") else f"= {text}"
 
 
 def _unrun(missing: list[NotRun]) -> str:

@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -188,6 +187,12 @@ def test_says_what_the_record_says(page):
         "nothing found (interval inside the threshold)",
         "at most 6.40 % with 95 % confidence, measured on 45 models",
         "Instruments that did not run: 6, of which 2 crashed",
+        "What this model is said to have forgotten was found in it",
+        "That every single fact is still there.",
+        "Somebody who has the model’s files, may read, alter and retrain it",
+        "Thorough, the most of three.",
+        "Tests that found nothing, and what they leave room for",
+        "Someone who only pretends to have forgotten remembers quickly.",
         "95 % interval not computed",
         "It is ⟦U+202E⟧desrever⟦U+202C⟧ here,⟦U+0007⟧ with⟦U+200B⟧hidden signs.",
         "1,235,814,400",
@@ -232,34 +237,26 @@ def test_terminal_summary(record, width):
         assert "< 0.001" in text and "knowledge remains" in text and "0.080" in text and "not run" in text
 
 
-CHROMIUM = shutil.which("chromium")
+def luminance(color: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-@pytest.mark.parametrize("name", ["sample", "hostile"])
-def test_chromium_paints_it(name, tmp_path, page, hostile_page):
-    from PIL import Image
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_drawings_stand_out_from_the_page(scheme):
+    """axe-core cannot tell what lies behind words and lines in a drawing: 4.5 to 1 for words, 3 to 1 for lines."""
+    css = (ROOT / "reports" / "templates" / "report.css").read_text("utf-8")
+    light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)[:2]
+    colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", light + (dark if scheme == "dark" else "")))
 
-    source, shot = tmp_path / "report.html", tmp_path / "shot.png"
-    source.write_text({"sample": page, "hostile": hostile_page}[name], "utf-8")
-    done = subprocess.run(
-        [
-            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-            *(
-                f"--user-data-dir={tmp_path / 'profile'}",
-                "--enable-logging=stderr",
-                "--window-size=1200,2000",
-            ),
-            *("--hide-scrollbars", f"--screenshot={shot}", source.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert shot.exists(), done.stderr[-2000:]
-    assert "Content Security Policy" not in done.stderr
-    image = Image.open(shot).convert("L")
-    assert image.size == (1200, 2000)
-    low, high = image.getextrema()
-    assert high - low > 150, "blank"
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted((luminance(colors[one]), luminance(colors[other])))
+        return (high + 0.05) / (low + 0.05)
+
+    for text, behind in (("plot-ink", "sheet"), ("plot-ink", "plot-plate"), ("soft", "sheet"), ("ink", "sheet")):
+        assert contrast(text, behind) >= 4.5, (text, behind)
+    lines = ("plot-target", "plot-control", "plot-reference", *(key for key in words.MARKS))
+    for line in lines:
+        assert min(contrast(line, "sheet"), contrast(line, "zone" if line in words.MARKS else "plot-plate")) >= 3, line
