@@ -33,6 +33,9 @@ OPEN_SHARE = 0.5
 """From which share of a taught model's knowledge, in the output itself, on nothing counts as unlearned; and what a test
 inside or under attack must exclude if it cannot exclude its threshold."""
 
+HINT = 0.05
+"""Level, after correction, at which an effect that is no evidence is still a hint."""
+
 
 # --- one finding --------------------------------------------------------------------------------------------
 
@@ -188,17 +191,16 @@ def _keeps_pace(finding: Finding) -> bool:
 
 
 def _too_little(finding: Finding) -> bool:
-    """Is the effect below the threshold, and half of a known fact's excluded, though the threshold itself is not?
+    """Is nothing hinted at, and half of a known fact's effect excluded, though the threshold itself is not?
 
     Of many tests some are always a little too wide for their threshold. They may be so as long as another one of the
     same question is not; one that is blind, or leaves room for what a hidden fact would show, may not.
     """
     lo, hi = finding.ci95
-    known = _known_effect(finding)
-    if known is None or finding.estimate is None or lo is None or hi is None:
+    known, p = _known_effect(finding), finding.p_adjusted
+    if finding.estimate is None or known is None or lo is None or hi is None or p is None:
         return False
-    below = finding.estimate - finding.null_value < finding.threshold
-    return below and _towards_alarm(finding, lo, hi) < OPEN_SHARE * known
+    return p > HINT and _towards_alarm(finding, lo, hi) < OPEN_SHARE * known
 
 
 def _known_effect(finding: Finding) -> float | None:

@@ -348,7 +348,7 @@ INSIDE = pytest.mark.parametrize("question", [Question.REPRESENTATION, Question.
     "spoiled",
     [
         {"ci95": (-0.3, 0.46)},  # half of what known facts show, 0.9, is not excluded
-        {"estimate": 0.1, "ci95": (-0.1, 0.3), "p_value": 0.2},  # an effect worth the name, though not shown
+        {"estimate": 0.15, "ci95": (0.02, 0.3), "p_value": 0.02},  # a hint, though no evidence
         {"ci95": (-0.3, 0.3), "controls": [BLIND]},
         {"ci95": (-0.05, 0.05), "controls": [BLIND]},
         {"ci95": (-0.3, 0.3), "controls": [SEES.model_copy(update={"passed": None})]},
