@@ -32,7 +32,7 @@ import numpy as np
 
 from audit.errors import BadInput
 from audit.instrument import Access
-from audit.loaders import Example, ExampleSet, SetSpec, load_set, overlaps, parse_set_spec
+from audit.loaders import Example, ExampleSet, SetSpec, load_set, oddities, overlaps, parse_set_spec
 
 ROLES = ("target", "original", "retrained")
 SETS = ("forget", "retain", "holdout", "neighbor", "utility", "relearn", "suspects")
@@ -168,7 +168,7 @@ class Case:
         options: Options,
         name: str = "",
     ) -> Case:
-        """Load the sets and note what rows they share.
+        """Load the sets and note what rows they share, and what else makes them weigh less.
 
         Raises:
             BadInput: no target, an unknown set name, or a set that cannot be loaded.
@@ -185,7 +185,8 @@ class Case:
                 f"set {images[0]!r} holds images, set {texts[0]!r} does not: an audit is of one kind of model"
             )
         ordered = {role: models[role] for role in ROLES if role in models}
-        return cls(name or models["target"].name, ordered, dict(specs), sets, options, notes=tuple(overlaps(sets)))
+        notes = (*overlaps(sets), *oddities(sets))
+        return cls(name or models["target"].name, ordered, dict(specs), sets, options, notes)
 
     def to_toml(self) -> str:
         """The case as resolved: absolute paths, every option."""

@@ -64,11 +64,12 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """Architecture, size of the embedded vocabulary, and (name, dtype, shape in torch's order) per tensor."""
+    """Architecture, size of the embedded vocabulary, (name, dtype, shape in torch's order) per tensor, templates."""
 
     architecture: str
     tokens: int
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    chat_templates: tuple[str, ...]
 
 
 class _Cursor:
@@ -183,6 +184,11 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         architecture=_architecture(cursor, values.get("general.architecture")),
         tokens=_count_strings(values.get("tokenizer.ggml.tokens")),
         tensors=tuple((name, dtype, shape) for _, _, name, dtype, shape in tensors),
+        chat_templates=tuple(
+            value.decode("utf-8", "replace")
+            for key, value in values.items()
+            if key.startswith("tokenizer.chat_template") and isinstance(value, bytes)
+        ),
     )
 
 

@@ -4,72 +4,50 @@
     inventory.digest, inventory.architecture, inventory.parameters, inventory.dtype
 
 An audit opens folders that nobody vouches for, so this is done before anything else touches one. It reads
-bytes and JSON only (no torch, no transformers, no numpy), and refuses whatever could run code on loading, or
-could make the weights that are loaded others than the weights that are listed here.
+bytes and JSON only (no torch, no transformers), and refuses whatever could run code on loading, or could make the
+weights that are loaded others than the weights that are listed here. `audit.disguises` tells what a file is,
+`audit.configuration` what a folder's JSON would have a loader do, and the two headers' modules read the weights.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from audit.configuration import (
+    refuse_addresses,
+    refuse_code,
+    refuse_misfit,
+    refuse_template,
+    refuse_templates,
+    refuse_tokenizer,
+)
+from audit.disguises import refuse_by_name, refuse_disguised
 from audit.errors import BadInput, Refused
 from audit.gguf_header import read_gguf_header
 from audit.record import FileEntry, ModelEntry
+from audit.safetensors_header import SafetensorsHeader, read_safetensors_header, read_values
+from audit.strict_json import read_json
 
 _CHUNK = 1 << 20
-_MAX_JSON = 64 << 20  # the largest vocabularies in use take about half of it
-_MAX_HEADER = 100_000_000  # safetensors' own limit
-
-_PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".dill", ".msgpack"}
-_PICKLED |= {".h5", ".hdf5", ".joblib", ".npy", ".npz"}
-_CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
-_MAGIC = {
-    **{bytes((0x80, protocol)): "a pickle" for protocol in (2, 3, 4, 5)},
-    b"PK\x03\x04": "a zip archive (how torch.save packs pickles)",
-    b"\x89HDF\r\n\x1a\n": "HDF5",
-    b"\x93NUMPY": "a numpy array file",
-    b"\x7fELF": "compiled code",
-}
+_MAX_FILES = 50_000
+_MAX_DEPTH = 32
+_MAX_TEXT = 4 << 20
 
 _TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
 _TOKENIZER_PARTS = {"vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"}
 _TOKENIZER_PARTS |= {"tokenizer_config.json", "chat_template.jinja", "chat_template.json"}
-
-# safetensors dtype: (torch's name, bits per element).
-_DTYPES = {
-    "F64": ("float64", 64),
-    "F32": ("float32", 32),
-    "F16": ("float16", 16),
-    "BF16": ("bfloat16", 16),
-    "F8_E4M3": ("float8_e4m3fn", 8),
-    "F8_E5M2": ("float8_e5m2", 8),
-    "F8_E8M0": ("float8_e8m0fnu", 8),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
-    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
-    "F6_E2M3": ("float6_e2m3", 6),
-    "F6_E3M2": ("float6_e3m2", 6),
-    "F4": ("float4_e2m1fn", 4),
-    "C64": ("complex64", 64),
-    "I64": ("int64", 64),
-    "I32": ("int32", 32),
-    "I16": ("int16", 16),
-    "I8": ("int8", 8),
-    "U64": ("uint64", 64),
-    "U32": ("uint32", 32),
-    "U16": ("uint16", 16),
-    "U8": ("uint8", 8),
-    "BOOL": ("bool", 8),
-}
+_LOADED = _TOKENIZERS | _TOKENIZER_PARTS | {"config.json", "generation_config.json", "model.safetensors"}
+_LOADED |= {"model.safetensors.index.json", "adapter_config.json", "processor_config.json", "preprocessor_config.json"}
 
 
 @dataclass(frozen=True)
@@ -146,25 +124,37 @@ def take_inventory(folder: Path, progress: Callable[[int, int], None] | None = N
 
 def _take(root: Path, names: list[str] | None, progress: Callable[[int, int], None] | None) -> Inventory:
     """The steps of an inventory: refuse by kind, name and first bytes before any content is interpreted."""
-    sizes = _list_files(root, names)
+    listed = _list_files(root, names)
+    sizes = {name: status.st_size for name, status in listed.items()}
+    _refuse_collisions(root, sizes)
     for name in sizes:
-        _refuse_by_name(root, name)
+        _refuse_name(root / name)
     for name in sizes:
-        _refuse_by_magic(root, name)
-    parsed = {name: _read_json(root / name) for name in sizes if _is_read_on_loading(name)}
+        refuse_disguised(root / name, within_git=name.startswith(".git/"))
+    parsed = {name: read_json(root / name) for name in sizes if _is_read_on_loading(name)}
     for name, value in parsed.items():
-        if name.endswith("config.json"):
-            _refuse_code(root / name, value)
+        _refuse_configured(root / name, value)
+    for name in sizes:
+        if name.lower().endswith(".jinja"):
+            refuse_template(root / name, _read_text(root / name))
 
     weights = [name for name in sizes if name.lower().endswith((".safetensors", ".gguf"))]
     tokenizer = _tokenizer_files(sizes)
     kind = _weight_format(root, weights)
+    headers: dict[str, SafetensorsHeader] = {}
     if kind == "gguf":
-        header = read_gguf_header(root / weights[0])
-        tensors = [TensorInfo(*row, file=weights[0]) for row in header.tensors]
-        architecture, has_tokenizer = header.architecture, header.tokens > 0
+        found = read_gguf_header(root / weights[0])
+        tensors = [TensorInfo(*row, file=weights[0]) for row in found.tensors]
+        architecture, has_tokenizer = found.architecture, found.tokens > 0
+        for template in found.chat_templates:
+            refuse_template(root / weights[0], template)
     else:
-        tensors = [tensor for name in weights for tensor in _read_safetensors(root, name)]
+        headers = {name: read_safetensors_header(root / name) for name in weights}
+        tensors = [
+            TensorInfo(row.name, row.dtype, row.shape, file=name)
+            for name, header in headers.items()
+            for row in header.tensors
+        ]
         architecture, has_tokenizer = _architecture(root, parsed), _has_tokenizer(tokenizer)
     _check_index(root, parsed, weights, tensors)
     if not tensors:
@@ -172,6 +162,9 @@ def _take(root: Path, names: list[str] | None, progress: Callable[[int, int], No
     if not has_tokenizer and not sees_images(architecture):
         what = "no tokenizer.ggml.tokens in its header" if kind == "gguf" else "no tokenizer, such as tokenizer.json"
         raise Refused(f"{root / weights[0] if kind == 'gguf' else root}: {what}")
+    if isinstance(vocabulary := parsed.get("tokenizer.json"), dict):
+        shapes = ((tensor.name, tensor.shape, root / tensor.file) for tensor in tensors)
+        refuse_misfit(root / "tokenizer.json", vocabulary, parsed.get("config.json"), shapes)
 
     done, total = 0, sum(sizes.values())
 
@@ -181,7 +174,8 @@ def _take(root: Path, names: list[str] | None, progress: Callable[[int, int], No
         if progress:
             progress(done, total)
 
-    files = [_hash(root, name, size, advance) for name, size in sizes.items()]
+    files = [_hash(root, name, size, headers.get(name), advance) for name, size in sizes.items()]
+    _refuse_changes(root, listed, _list_files(root, names))
     elements = Counter[str]()
     for tensor in tensors:
         elements[tensor.dtype] += tensor.parameters
@@ -199,25 +193,69 @@ def _take(root: Path, names: list[str] | None, progress: Callable[[int, int], No
     )
 
 
-def _list_files(root: Path, names: list[str] | None) -> dict[str, int]:
-    """Path and size of every regular file, sorted by path; nothing is opened."""
-    sizes: dict[str, int] = {}
+def _list_files(root: Path, names: list[str] | None) -> dict[str, os.stat_result]:
+    """Path and status of every regular file, sorted by path; nothing is opened."""
+    found: dict[str, os.stat_result] = {}
     pending = [root / name for name in names] if names else sorted(root.iterdir(), reverse=True)
     while pending:
         path = pending.pop()
         if not path.name.isprintable():
             # Such a name could break the digest's lines, or rewrite the terminal that prints it.
             raise Refused(f"{path.parent}: holds a file whose name cannot be printed: {path.name!r}")
+        if "\\" in path.name or path.name.endswith((" ", ".")):
+            raise Refused(f"{path}: a name that other systems read as a path, or as another name: rename it")
         if path.is_symlink():
             _refuse_link(root, path)
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            if len(path.relative_to(root).parts) > _MAX_DEPTH:
+                raise Refused(f"{path}: folders nested more than {_MAX_DEPTH} deep")
             pending += sorted(path.iterdir(), reverse=True)
-        elif stat.S_ISREG(mode):
-            sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+        elif stat.S_ISREG(status.st_mode):
+            found[path.relative_to(root).as_posix()] = status
         else:
             raise Refused(f"{path}: a device, pipe or socket, not a file")
-    return dict(sorted(sizes.items()))
+        if len(found) > _MAX_FILES:
+            raise Refused(f"{root}: holds more than {_MAX_FILES} files")
+    _refuse_statuses(root, found)
+    return dict(sorted(found.items()))
+
+
+def _refuse_statuses(root: Path, found: dict[str, os.stat_result]) -> None:
+    """Refuse files with a name elsewhere too, by which they could be changed, and files that are mostly holes."""
+    names_here = Counter((s.st_dev, s.st_ino) for name, s in found.items() if not (root / name).is_symlink())
+    for name, status in found.items():
+        if status.st_nlink > max(1, names_here[status.st_dev, status.st_ino]):
+            raise Refused(
+                f"{root / name}: a hard link to a file that lies elsewhere too; copy the model with `cp -r` and audit "
+                "the copy"
+            )
+        # A terabyte of nothing takes no room, and hours to hash.
+        if status.st_size > 1 << 30 and status.st_blocks * 512 * 64 < status.st_size:
+            raise Refused(f"{root / name}: {status.st_size} bytes that are nearly all holes")
+
+
+def _refuse_collisions(root: Path, names: Iterable[str]) -> None:
+    """Refuse names that other file systems take for one another, or for a file that a loader reads."""
+    seen = {_folded(name): name for name in _LOADED}
+    for name in names:
+        if (other := seen.setdefault(_folded(name), name)) != name:
+            raise Refused(f"{root / name}: the same name as {other} where case or Unicode form make no difference")
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _refuse_changes(root: Path, before: dict[str, os.stat_result], after: dict[str, os.stat_result]) -> None:
+    """Refuse a folder that is not, after all is hashed, what it was before the first file was read."""
+    for name in sorted(before.keys() | after.keys()):
+        was, now = before.get(name), after.get(name)
+        if was is None or now is None or any(getattr(was, part) != getattr(now, part) for part in _IDENTITY):
+            raise Refused(f"{root / name}: changed while it was read; audit a copy that nobody else writes to")
+
+
+_IDENTITY = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
 
 
 def _refuse_link(root: Path, path: Path) -> None:
@@ -232,75 +270,37 @@ def _refuse_link(root: Path, path: Path) -> None:
         raise Refused(f"{path}: a symlink to a folder; copy the model with `cp -L -r` and audit the copy")
 
 
-def _refuse_by_name(root: Path, name: str) -> None:
-    path = root / name
-    base, suffix = path.name.lower(), path.suffix.lower()
-    if suffix in _PICKLED:
-        raise Refused(
-            f"{path}: weights or data in a format ({suffix}) that can run code; only safetensors and GGUF are"
-        )
-    if suffix in _CODE or ".so." in base:
-        raise Refused(f"{path}: custom code, which an audit never runs")
-    if base in ("adapter_config.json", "adapter_model.safetensors"):
+def _refuse_name(path: Path) -> None:
+    refuse_by_name(path)
+    if path.name.lower() in ("adapter_config.json", "adapter_model.safetensors"):
         # transformers would add it to the weights here, or fetch the base model that it names.
         raise Refused(f"{path}: an adapter, not a whole model: merge the adapter first, then audit the merged model")
 
 
-def _refuse_by_magic(root: Path, name: str) -> None:
-    # A safetensors file begins with its header's length, which may be 0x0280; its header is parsed in full.
-    if name.lower().endswith(".safetensors"):
-        return
-    with (root / name).open("rb") as file:
-        head = file.read(8)
-    for magic, what in _MAGIC.items():
-        if head.startswith(magic):
-            raise Refused(f"{root / name}: begins like {what}, which can run code, whatever its name says")
-
-
 def _is_read_on_loading(name: str) -> bool:
     """Whether transformers may read this JSON file (those deeper down are only hashed)."""
-    return name.endswith("config.json") or ("/" not in name and name.lower().endswith(".json"))
+    return name.lower().endswith("config.json") or ("/" not in name and name.lower().endswith(".json"))
 
 
-def _read_json(path: Path) -> Any:
-    if path.stat().st_size > _MAX_JSON:
-        raise Refused(f"{path}: JSON of more than {_MAX_JSON} bytes")
-    return _parse_json(path, path.read_bytes())
+def _refuse_configured(path: Path, value: Any) -> None:
+    """Refuse what a JSON file that is read on loading would make a loader do. Vocabularies may hold any word."""
+    if path.name.lower().endswith("config.json"):
+        refuse_code(path, value)
+        refuse_addresses(path, value)
+        refuse_templates(path, value)
+    elif path.name == "chat_template.json":
+        refuse_templates(path, value)
+    elif path.name == "tokenizer.json" and isinstance(value, dict):
+        refuse_tokenizer(path, value)
 
 
-def _parse_json(path: Path, data: bytes) -> Any:
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > _MAX_TEXT:
+        raise Refused(f"{path}: a template of more than {_MAX_TEXT} bytes")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except RecursionError:
-        raise Refused(f"{path}: JSON nested too deeply") from None
-    except ValueError as error:
-        raise Refused(f"{path}: not valid JSON ({error})") from None
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Two parsers may each take another one of two equal keys, so what was checked is not what is loaded."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"duplicate key {key[:80]!r}")
-    return result
-
-
-def _refuse_code(path: Path, value: Any) -> None:
-    """Refuse any configuration key, however deep, that makes transformers load code or foreign weights."""
-    pending = [value]
-    while pending:
-        node = pending.pop()
-        pending += node if isinstance(node, list) else node.values() if isinstance(node, dict) else []
-        for key, item in node.items() if isinstance(node, dict) else ():
-            if key in ("auto_map", "trust_remote_code", "custom_pipelines") and item not in (None, False):
-                raise Refused(f"{path}: custom code, which an audit never runs ({key})")
-            texts = item.values() if isinstance(item, dict) else [item]
-            if "_implementation" in key and any(isinstance(text, str) and "/" in text for text in texts):
-                # attn_implementation = "someone/kernel": transformers fetches that from the Hub and runs it.
-                raise Refused(f"{path}: custom code, which an audit never runs ({key[:80]!r} names a repository)")
-            if key in ("transformers_weights", "fast_tokenizer_files") and item is not None:
-                raise Refused(f"{path}: {key} makes transformers load other files than the usual ones")
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise Refused(f"{path}: not UTF-8") from None
 
 
 def _weight_format(root: Path, weights: list[str]) -> Literal["safetensors", "gguf"]:
@@ -347,58 +347,6 @@ def _has_tokenizer(names: list[str]) -> bool:
     return whole or {"vocab.json", "merges.txt"} <= set(names)
 
 
-def _read_safetensors(root: Path, name: str) -> list[TensorInfo]:
-    """The tensors of one file, whose bytes must be covered by them once, without holes, to the last one."""
-    path = root / name
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
-            raise Refused(f"{path}: broken safetensors header: its length exceeds the file or {_MAX_HEADER} bytes")
-        raw = file.read(length)
-    header = _parse_json(path, raw) if raw.startswith(b"{") else None
-    if not isinstance(header, dict):
-        raise Refused(f"{path}: broken safetensors header: not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise Refused(f"{path}: broken safetensors header: __metadata__ does not map text to text")
-
-    spans, tensors = [], []
-    for tensor, info in header.items():
-        where = f"{path}: broken safetensors header: tensor {tensor[:80]!r}"
-        if not tensor or not tensor.isprintable():
-            raise Refused(f"{where} has an empty or unprintable name")
-        if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
-            raise Refused(f"{where} needs dtype, shape and data_offsets, and nothing else")
-        dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise Refused(f"{where} has the unknown dtype {str(dtype)[:40]!r}")
-        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise Refused(f"{where} has a shape or offsets that are no lists of sizes")
-        if offsets[1] > size - 8 - length:
-            raise Refused(f"{where} ends outside the file")
-        torch_name, bits = _DTYPES[dtype]
-        found = TensorInfo(tensor, torch_name, tuple(shape), name)
-        if (offsets[1] - offsets[0]) * 8 != found.parameters * bits:
-            raise Refused(f"{where} has offsets that do not fit its shape and dtype")
-        spans.append((offsets[0], offsets[1], where))
-        tensors.append(found)
-    position = 0
-    for begin, end, where in sorted(spans):
-        if begin != position:
-            raise Refused(f"{where} {'overlaps the one before it' if begin < position else 'begins after a hole'}")
-        position = end
-    if position != size - 8 - length:
-        raise Refused(f"{path}: {size - 8 - length - position} bytes at the end that belong to no tensor")
-    return tensors
-
-
-def _are_sizes(value: Any) -> bool:
-    """A list of at most 64 (torch's limit) whole numbers from 0 to 2**63 - 1; True is no number here."""
-    return isinstance(value, list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
-
-
 def _check_index(root: Path, parsed: dict[str, Any], weights: list[str], tensors: list[TensorInfo]) -> None:
     """Shards and index must name the same files and the same tensors in each."""
     indexes = [name for name in parsed if name.lower().endswith(".safetensors.index.json") and "/" not in name]
@@ -434,13 +382,19 @@ def _is_floating(dtype: str) -> bool:
     return not dtype.startswith(("int", "uint", "bool", "complex"))
 
 
-def _hash(root: Path, name: str, size: int, advance: Callable[[int], None]) -> FileEntry:
-    digest, count = hashlib.sha256(), 0
-    with (root / name).open("rb") as file:
-        while count <= size and (chunk := file.read(_CHUNK)):
-            digest.update(chunk)
-            count += len(chunk)
-            advance(len(chunk))
+def _hash(
+    root: Path, name: str, size: int, header: SafetensorsHeader | None, advance: Callable[[int], None]
+) -> FileEntry:
+    """Digest of one file; the weights of a safetensors file are checked in the same bytes that are hashed."""
+    path, digest, count = root / name, hashlib.sha256(), 0
+    with path.open("rb") as file:
+        pieces: Iterator[bytes] = read_values(file, path, header) if header else iter(lambda: file.read(_CHUNK), b"")
+        for piece in pieces:
+            digest.update(piece)
+            count += len(piece)
+            advance(len(piece))
+            if count > size:
+                break
     if count != size:
-        raise Refused(f"{root / name}: changed while it was read")
+        raise Refused(f"{path}: changed while it was read")
     return FileEntry(path=name, size=size, sha256=digest.hexdigest())

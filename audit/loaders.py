@@ -6,30 +6,29 @@
     forget.examples[0].prompt, forget.examples[0].answer
 
 JSONL, JSON (a list of objects, or one under "data"), CSV, TSV, Parquet, plain text and folders written by
-`Dataset.save_to_disk` are read. The columns of the known benchmarks are recognised (`audit.presets`). A row
-that cannot be used stops the load: its BadInput names file, row and column. Nothing is repaired or skipped in
-silence, for an audit that quietly lost rows would report on a set that nobody named.
+`Dataset.save_to_disk` are read (`audit.readers`). The columns of the known benchmarks are recognised
+(`audit.presets`). A row that cannot be used stops the load: its BadInput names file, row and column. Nothing is
+repaired or skipped in silence, for an audit that quietly lost rows would report on a set that nobody named.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote
 
 from audit.errors import BadInput
-from audit.pictures import Picture, holds_pictures, read_pictures
+from audit.pictures import Picture
 from audit.presets import AUTO, FIELDS, PRESET_NAMES, CellError, Preset, Row, fit, listed
+from audit.readers import Placed, read_rows
 
 UNANSWERED = "suspects"
 """The set whose rows need no answer: queries of which nobody says what should be answered."""
@@ -135,8 +134,15 @@ def parse_set_spec(text: str, base: Path = Path()) -> SetSpec:
 
 
 def load_set(name: str, spec: SetSpec) -> ExampleSet:
-    """Read the set that `spec` describes; raises BadInput, which names file, row and column at fault."""
-    rows = _read(spec)
+    """Read the set that `spec` describes; raises BadInput, one line that names file, row and column at fault."""
+    try:
+        return _load(name, spec)
+    except BadInput as error:
+        raise BadInput(_one_line(str(error))) from None
+
+
+def _load(name: str, spec: SetSpec) -> ExampleSet:
+    rows = read_rows(spec.path, spec.passage_words)
     if name == UNANSWERED:
         rows = [_asked(placed) for placed in rows]
     columns = list(dict.fromkeys(column for placed in rows for column in placed.row))
@@ -145,7 +151,7 @@ def load_set(name: str, spec: SetSpec) -> ExampleSet:
     except BadInput as error:
         raise BadInput(f"{spec.path}: {error}") from None
     kept = _where(rows, spec, preset, columns)
-    if "prompt" not in fields:
+    if "prompt" not in fields and not preset.pictures:
         # Files of passages separate them by blank rows (WikiText does); those hold nothing to ask.
         text = fields["answer"]
         kept = [placed for placed in kept if placed.row.get(text) is None or not _blank(placed.row[text])]
@@ -169,16 +175,47 @@ def digest(examples: Iterable[Example]) -> str:
 
 def overlaps(sets: Mapping[str, ExampleSet]) -> list[str]:
     """A note for each pair of sets that share rows; case, spacing and Unicode form make no difference."""
-    keys = {
-        name: [(_normal(e.prompt), _normal(e.answer), e.picture and e.picture.digest) for e in each]
-        for name, each in sets.items()
-    }
+    keys = {name: [_key(example) for example in each] for name, each in sets.items()}
     notes = []
     for first, second in combinations(keys, 2):
         known = set(keys[second])
         if shared := sum(key in known for key in keys[first]):
-            notes.append(f"{shared} {'row' if shared == 1 else 'rows'} of {first} also in {second}")
+            notes.append(f"{_rows(shared)} of {first} also in {second}")
     return notes
+
+
+def oddities(sets: Mapping[str, ExampleSet]) -> list[str]:
+    """A note for whatever makes a set weigh less than its rows: a leaked holdout, repeats, one unit, one answer."""
+    keys = {name: [_key(example) for example in each] for name, each in sets.items()}
+    notes = []
+    for name, each in sets.items():
+        if repeated := len(each) - len(set(keys[name])):
+            notes.append(f"{repeated} of {_rows(len(each))} of {name} repeat an earlier one")
+        if each.entities == 1:
+            rows = "one row" if len(each) == 1 else f"{len(each)} rows, all of one entity"
+            notes.append(f"{name} holds {rows}: with one independent unit no test can be significant")
+        if len(each) > 1 and len({answer for _, answer, _ in keys[name]}) == 1 and (said := each.examples[0].answer):
+            notes.append(f"all {len(each)} rows of {name} have the same answer: {_one_line(said, 60)}")
+        if name == "holdout":
+            known = {key for taught in ("forget", "retain") for key in keys.get(taught, ())}
+            if leaked := sum(key in known for key in keys[name]):
+                notes.append(f"{leaked} of {_rows(len(each))} of holdout lie in what was taught: no control of those")
+    return notes
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number} rows"
+
+
+def _one_line(text: str, limit: int = 2000) -> str:
+    """A message or a cell for one line: what is not printable is escaped, what is too long is cut."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _key(example: Example) -> tuple[str, str, str | None]:
+    shown = example.picture.digest if example.picture else None
+    return _normal(example.prompt), _normal(example.answer), shown
 
 
 def _normal(text: str) -> str:
@@ -188,14 +225,7 @@ def _normal(text: str) -> str:
 # --- rows to examples -------------------------------------------------------------------------------------
 
 
-class _Placed(NamedTuple):
-    """A row and where it lies, as error messages name it: "file:line" or "file: row N"."""
-
-    place: str
-    row: Row
-
-
-def _where(rows: list[_Placed], spec: SetSpec, preset: Preset, columns: list[str]) -> list[_Placed]:
+def _where(rows: list[Placed], spec: SetSpec, preset: Preset, columns: list[str]) -> list[Placed]:
     kept = rows
     for column, value in spec.where.items():
         if column not in columns:
@@ -212,7 +242,7 @@ def _where(rows: list[_Placed], spec: SetSpec, preset: Preset, columns: list[str
     return kept
 
 
-def _asked(placed: _Placed) -> _Placed:
+def _asked(placed: Placed) -> Placed:
     """A row that need not hold an answer: without one it has an empty one."""
     return placed if not _absent(placed.row.get("answer")) else placed._replace(row={**placed.row, "answer": ""})
 
@@ -224,7 +254,7 @@ def _label(value: Any) -> str | None:
     return str(value) if isinstance(value, str | int | float) else None
 
 
-def _example(id_: str, placed: _Placed, preset: Preset, fields: Mapping[str, str], unanswered: bool) -> Example:
+def _example(id_: str, placed: Placed, preset: Preset, fields: Mapping[str, str], unanswered: bool) -> Example:
     try:
         row = preset.reshape(placed.row)
         for name, column in fields.items():
@@ -258,7 +288,7 @@ def _require(row: Row, column: str, blank: bool) -> None:
         if not blank:
             raise CellError(column, "is empty")
     elif _absent(row[column]):
-        raise CellError(column, "is null")
+        raise CellError(column, "is null" if row[column] is None else "is null (NaN)")
 
 
 def _blank(value: Any) -> bool:
@@ -273,6 +303,8 @@ def _absent(value: Any) -> bool:
 def _string(value: Any, column: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise CellError(column, f"holds a {type(value).__name__} where text is expected")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise CellError(column, f"holds {value}, which is no text and no number")
     text = str(value)
     try:
         text.encode()
@@ -290,156 +322,3 @@ def _strings(value: Any, column: str, separator: str) -> tuple[str, ...]:
         value = [part.strip() for part in value.split(separator)]
     items = value if isinstance(value, list) else [value]
     return tuple(_string(item, column) for item in items if not _absent(item))
-
-
-# --- files to rows ----------------------------------------------------------------------------------------
-
-
-def _read(spec: SetSpec) -> list[_Placed]:
-    path = spec.path
-    reader: Callable[[SetSpec], Iterable[_Placed]] | None
-    if holds_pictures(path):
-        reader = _pictures
-    else:
-        reader = _saved_dataset if path.is_dir() else _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise BadInput(f"{path}: no reader for {path.suffix!r}; known: {', '.join(_READERS)}, a saved dataset")
-    try:
-        rows = list(reader(spec))
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror or ' '.join(str(error).split())}") from None
-    if not rows:
-        raise BadInput(f"{path}: holds no rows")
-    return rows
-
-
-def _text(path: Path) -> str:
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise BadInput(f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8") from None
-
-
-def _json(text: str, path: Path, first_line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path}:{first_line + error.lineno - 1}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, brackets 100,000 deep
-        raise BadInput(f"{path}:{first_line}: not usable JSON: {error}") from None
-
-
-def _jsonl(spec: SetSpec) -> Iterator[_Placed]:
-    # Not splitlines(), which also cuts at separators that JSON allows within a string.
-    for number, line in enumerate(_text(spec.path).split("\n"), start=1):
-        if line.strip():
-            place = f"{spec.path}:{number}"
-            yield _object(place, _json(line, spec.path, number))
-
-
-def _json_list(spec: SetSpec) -> Iterator[_Placed]:
-    text = _text(spec.path)
-    value = _json(text, spec.path) if text.strip() else []
-    rows = value.get("data") if isinstance(value, dict) else value
-    if not isinstance(rows, list):
-        raise BadInput(f'{spec.path}: is neither a list of objects nor {{"data": [...]}}')
-    for number, row in enumerate(rows, start=1):
-        yield _object(f"{spec.path}: row {number}", row)
-
-
-def _object(place: str, value: Any) -> _Placed:
-    if not isinstance(value, dict):
-        raise BadInput(f"{place}: is a {type(value).__name__}, not an object")
-    return _Placed(place, value)
-
-
-def _csv(spec: SetSpec) -> Iterator[_Placed]:
-    # The module's limit of 128 KiB a cell is below the length of a book chapter; it can only be set globally.
-    csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if spec.path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(_text(spec.path), newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    line = 1  # a quoted cell may span lines: a row lies where it begins
-    try:
-        for cells in reader:
-            place, line = f"{spec.path}:{line}", reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = cells
-                if twice := [column for column in cells if cells.count(column) > 1]:
-                    raise BadInput(f"{place}: column {twice[0]!r} is named twice")
-            elif len(cells) != len(header):
-                raise BadInput(f"{place}: has {len(cells)} cells under {len(header)} columns")
-            else:
-                yield _Placed(place, dict(zip(header, cells, strict=True)))
-    except csv.Error as error:
-        raise BadInput(f"{spec.path}:{line}: not CSV: {error}") from None
-
-
-def _parquet(spec: SetSpec) -> Iterator[_Placed]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        # Straight from Arrow, for pandas would turn whole numbers beside a null into floats; and from the
-        # open file, for a folder named "key=value" in its path would be taken for a column.
-        with spec.path.open("rb") as file:
-            rows = pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise BadInput(f"{spec.path}: not Parquet: {' '.join(str(error).split())}") from None
-    for number, row in enumerate(rows, start=1):
-        yield _Placed(f"{spec.path}: row {number}", row)
-
-
-def _pictures(spec: SetSpec) -> Iterator[_Placed]:
-    yield from (_Placed(*placed) for placed in read_pictures(spec.path))
-
-
-def _saved_dataset(spec: SetSpec) -> Iterator[_Placed]:
-    path = spec.path
-    if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(p.parent.name for p in path.glob("*/state.json")))
-        raise BadInput(f"{path}: holds several splits, name the folder of one: {splits}")
-    if not (path / "state.json").is_file():
-        raise BadInput(f"{path}: is a folder, but not one that Dataset.save_to_disk wrote")
-    import datasets
-
-    try:
-        # Without its format: a set saved "with torch" hands over tensors.
-        rows = datasets.load_from_disk(str(path)).with_format(None).to_list()
-    except OSError:
-        raise
-    except Exception as error:  # the library raises whatever its damaged metadata runs into
-        raise BadInput(f"{path}: not a readable dataset: {' '.join(str(error).split())}") from None
-    for number, row in enumerate(rows, start=1):
-        yield _Placed(f"{path}: row {number}", row)
-
-
-def _passages(spec: SetSpec) -> Iterator[_Placed]:
-    """Runs of `passage_words` words, the space within them as it is; a last one below half is left out."""
-    # CRLF becomes LF, as in any text-mode read: what a model was trained on does not depend on the checkout.
-    text = _text(spec.path).replace("\r\n", "\n")
-    words = [match.span() for match in re.finditer(r"\S+", text)]
-    line, counted = 1, 0
-    for index, first in enumerate(range(0, len(words), spec.passage_words)):
-        run = words[first : first + spec.passage_words]
-        if index and 2 * len(run) < spec.passage_words:
-            return
-        start, end = run[0][0], run[-1][1]
-        line, counted = line + text.count("\n", counted, start), start
-        row = {"text": text[start:end], "entity": f"{spec.path.name}#{index}"}
-        yield _Placed(f"{spec.path}:{line}", row)
-
-
-_READERS: Mapping[str, Callable[[SetSpec], Iterable[_Placed]]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json_list,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".parquet": _parquet,
-    ".txt": _passages,
-}

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
+import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +31,9 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".p
 _X, _Y = ("X", "x", "images", "image", "data"), ("y", "Y", "labels", "label", "targets")
 _SPLITS = ("train", "test", "val", "tr", "te")
 _MOST_PIXELS = 64_000_000
+
+MOST_BYTES = 8 * 2**30
+"""Of a file, or of what it unpacks to: rows are held in memory, several times over."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ def picture(pixels: Any) -> Picture:
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:
         raise ValueError(f"an array of shape {np.shape(pixels)} is no image [height, width(, channels)]")
     if array.dtype != np.uint8:
-        whole = array.astype(np.int64) if array.dtype.kind in "iuf" else None
+        with np.errstate(invalid="ignore"):  # of NaN, which no whole number equals
+            whole = array.astype(np.int64) if array.dtype.kind in "iuf" else None
         if whole is None or (whole != array).any() or whole.min() < 0 or whole.max() > 255:
             raise ValueError(f"an image of {array.dtype} that is not whole numbers from 0 to 255")
         array = whole.astype(np.uint8)
@@ -70,31 +77,55 @@ def png(image: Picture, most: int = 64) -> bytes:
 
 
 def holds_pictures(path: Path) -> bool:
-    """Is this a folder, or a file, of images rather than of texts?"""
+    """Is this a folder, or an archive, of images rather than of texts?"""
     if path.is_dir():
         return any(file.suffix.lower() in IMAGES for folder in _folders(path) for file in folder.iterdir())
-    if path.suffix.lower() == ".parquet" and path.is_file():
-        return _image_column(path) is not None
     return path.suffix.lower() == ".npz"
 
 
 def read_pictures(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows as (place, {"image": Picture, "label": class, …}); raises BadInput, naming file and row."""
-    if path.is_dir():
-        return _image_folder(path)
-    return _npz(path) if path.suffix.lower() == ".npz" else _parquet(path)
+    return _image_folder(path) if path.is_dir() else _npz(path)
+
+
+def image_column(schema: Any) -> str | None:
+    """The column of a Parquet file (by its Arrow schema) that holds images, as `datasets` writes them."""
+    import pyarrow
+
+    kinds = {column: schema.field(column).type for column in schema.names}
+    structs = [c for c, kind in kinds.items() if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0]
+    plain = [c for c, kind in kinds.items() if pyarrow.types.is_binary(kind) and c in ("image", "img", "png", "jpg")]
+    return next(iter([*structs, *plain]), None)
+
+
+def with_picture(row: dict[str, Any], column: str, place: str) -> dict[str, Any]:
+    """The row with the image that its `column` encodes under `image`; raises BadInput."""
+    further = {name: value for name, value in row.items() if name != column}
+    data = row[column].get("bytes") if isinstance(row[column], dict) else row[column]
+    if not isinstance(data, bytes):
+        raise BadInput(f"{place}: column {column!r} holds no bytes of an image")
+    return {**further, "image": _decoded(data, place)}
 
 
 def _decoded(data: bytes | Path, place: str) -> Picture:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-            if image.width * image.height > _MOST_PIXELS:
-                raise BadInput(f"{place}: an image of {image.width} by {image.height} pixels is too large")
-            return picture(np.asarray(image.convert("RGB")))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{place}: not a readable image: {' '.join(str(error).split())}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused below, or of metadata that nobody asks for
+            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+                if image.width * image.height > _MOST_PIXELS:
+                    raise BadInput(f"{place}: an image of {image.width} by {image.height} pixels is too large")
+                if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:  # a camera's preview
+                    raise BadInput(f"{place}: holds {frames} frames, of which nobody says which is meant")
+                if image.mode.startswith(("I", "F")):  # which Pillow cuts off at 255 rather than scaling
+                    raise BadInput(f"{place}: an image of mode {image.mode}: 8 bits a channel are expected")
+                return picture(np.asarray(image.convert("RGB")))
+    except BadInput:
+        raise
+    except Exception as error:  # a decoder raises whatever its damaged bytes run into
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise BadInput(f"{place}: not a readable image: {said}") from None
 
 
 def _folders(path: Path) -> list[Path]:
@@ -102,41 +133,74 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _image_folder(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place in (path, *(inner for folder in _folders(path) for inner in _folders(folder))):
+        # An image that no class or two classes claim would be left out in silence.
+        if astray := sorted(file for file in place.iterdir() if file.suffix.lower() in IMAGES):
+            raise BadInput(
+                f"{astray[0]}: lies in no folder of a class: {path} holds one folder a class, each its images"
+            )
     for folder in _folders(path):
         for file in sorted(folder.iterdir()):
             if file.suffix.lower() in IMAGES:
                 yield str(file), {"image": _decoded(file, str(file)), "label": folder.name}
 
 
-def _npz(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            names, size = archive.namelist(), sum(item.file_size for item in archive.infolist())
+        if size > MOST_BYTES:
+            raise BadInput(f"{path}: unpacks to {size} bytes: more than a set may hold, {MOST_BYTES}")
+        if len(set(names)) < len(names):
+            raise BadInput(f"{path}: holds two arrays of one name")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (BadInput, MemoryError):
+        raise
+    except Exception as error:  # zip, deflate and array headers each have errors of their own
         raise BadInput(f"{path}: not a readable .npz: {' '.join(str(error).split())}") from None
+    if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise BadInput(f"{path}: {strange[0]} is no array")
+    return arrays
+
+
+def _npz(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    arrays = _arrays(path)
     found = [(split, x, y) for split, x, y in _pairs(arrays) if x in arrays and y in arrays]
     if not found:
         raise BadInput(f"{path}: no arrays X and y (or X and y of a split); it holds {', '.join(sorted(arrays))}")
+    for name, times in Counter(name for _, x, y in found for name in (x, y)).items():
+        if times > 1:
+            pairs = ", ".join(f"{x} with {y}" for _, x, y in found)
+            raise BadInput(f"{path}: {name} is claimed more than once: {pairs}")
     names = arrays.get("classes")
     known = {"classes", *(name for _, x, y in found for name in (x, y))}
     for split, x, y in found:
         images, labels = arrays[x], arrays[y]
-        if labels.ndim != 1 or len(images) != len(labels):
-            raise BadInput(f"{path}: {x} has {len(images)} images, {y} is of shape {labels.shape}")
+        count = len(images) if images.ndim else 0
+        if labels.shape != (count,):
+            raise BadInput(f"{path}: {x} has {count} images, {y} is of shape {labels.shape}")
         columns = {
             column: array.tolist()
             for name, array in arrays.items()
             if name not in known and array.shape == labels.shape and (column := _column(name, split))
         }
-        for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+        for row, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             place = f"{path}: {x}[{row}]"
             try:
                 shown = picture(image)
             except ValueError as error:
                 raise BadInput(f"{place}: {error}") from None
-            named = label.item() if names is None else str(names[int(label)])
+            named = label if names is None else _class(names, label, f"{path}: {y}[{row}]")
             further = {column: values[row] for column, values in columns.items()}
             yield place, {**further, "image": shown, "label": named, "split": split, "row": row}
+
+
+def _class(names: NDArray[Any], label: Any, place: str) -> str:
+    """The name of a class by its number; from the end, as Python counts, is not meant."""
+    if names.ndim != 1 or not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(names):
+        raise BadInput(f"{place}: {label!r} is no index into classes, of shape {names.shape}")
+    return str(names[label])
 
 
 def _pairs(arrays: Iterable[str]) -> Iterator[tuple[str, str, str]]:
@@ -157,33 +221,3 @@ def _column(name: str, split: str) -> str:
     if name.startswith(f"{split}_"):
         return name.removeprefix(f"{split}_")
     return name.removesuffix(split).removesuffix("_") if name.endswith(split) else ""
-
-
-def _image_column(path: Path) -> str | None:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        schema = pyarrow.parquet.read_schema(path)
-    except (OSError, pyarrow.ArrowException):
-        return None
-    kinds = {column: schema.field(column).type for column in schema.names}
-    structs = [c for c, kind in kinds.items() if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0]
-    plain = [c for c, kind in kinds.items() if pyarrow.types.is_binary(kind) and c in ("image", "img", "png", "jpg")]
-    return next(iter([*structs, *plain]), None)
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow.parquet
-
-    column = _image_column(path)
-    assert column is not None, "asked by holds_pictures"
-    with path.open("rb") as file:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    for number, row in enumerate(rows, start=1):
-        place = f"{path}: row {number}"
-        cell = row.pop(column)
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not isinstance(data, bytes):
-            raise BadInput(f"{place}: column {column!r} holds no bytes of an image")
-        yield place, {**row, "image": _decoded(data, place)}
