@@ -5,7 +5,7 @@ Data flows one way, and every step is a module:
     folder -> inventory -> target -> capture -> evidence -> instrument -> finding -> verdict -> record -> report
 
 - `case`, `loaders`, `readers`, `presets`, `pictures`: what is audited, and with which example sets
-- `inventory`, `disguises`, `configuration`: what lies in a model folder, and whether it is safe to open (imports no torch)
+- `inventory`, `disguises`, `configuration`: what lies in a model folder, and whether it is safe to open (without torch)
 - `opened`, `target`, `image_target`, `tokens`: the opened model; texts, and images, as sequences
 - `plan`, `passes`, `capture`, `quantities`: instruments' requests merged into the fewest passes, and those passes
 - `evidence`: captures on disk, found by content; what makes a scan resumable

@@ -110,15 +110,19 @@ def bench(
     only: Annotated[str | None, typer.Option(help="comma-separated instruments; all if not given")] = None,
     rows: Annotated[Path | None, typer.Option(help="tables of kept rows; builds and scans nothing")] = None,
     keep: Annotated[Path | None, typer.Option(help="write all rows to this file (.jsonl.gz)")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="judge by this profile; else by thresholds from the other organisms")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="the tables as data")] = False,
 ) -> None:
     """Measure every instrument, and the verdict, on models of known history."""
     from audit.bench import pool
-    from audit.bench.fit import held_out
+    from audit.bench.fit import held_out, label_of
     from audit.bench.hidden import hidden_lines
     from audit.bench.rows import read_rows, run, usable, write_rows
     from audit.bench.tables import tables
     from audit.bench.text import markdown
+    from audit.profile import read_profile
 
     if rows is not None:
         found = read_rows(rows)
@@ -135,8 +139,13 @@ def bench(
         write_rows(found, keep)
     # Thresholds can be fitted on others only where there are others.
     several = len({(row.family, row.seed) for row in usable(found)}) > 1
-    made = tables(found, held_out(found)) if several else tables(found)
-    judged_by = "thresholds fitted on other organisms" if several else "nominal thresholds"
+    if profile is not None:
+        fitted = read_profile(profile)
+        made = tables(found, lambda row: label_of(row, fitted.thresholds))
+        judged_by = f"the thresholds of the profile {fitted.name}"
+    else:
+        made = tables(found, held_out(found)) if several else tables(found)
+        judged_by = "thresholds fitted on other organisms" if several else "nominal thresholds"
     hidden = hidden_lines(found)
     data = made.model_dump(mode="json") | {"hidden": [line.model_dump(mode="json") for line in hidden]}
     sys.stdout.write(json.dumps(data, indent=2) + "\n" if as_json else markdown(made, judged_by, hidden))
