@@ -374,7 +374,7 @@ def test_a_scan_at_text_access(tmp_path, monkeypatch):
     withheld = {"knowledge/probability", "knowledge/choice", "knowledge/truth-ratio"}
     withheld |= {"memorization/exact", "memorization/extraction-strength"}
     of_texts = [item for item in load_all() if item.modality != "image"]
-    assert set(left_out) == withheld | {item.name for item in of_texts if item.access > Access.TEXT}
+    assert set(left_out) == withheld | {item.name for item in of_texts if item.access > Access.TEXT or item.dear}
     assert not any(row.failed for row in record.not_run)
     assert left_out["knowledge/choice"].reason == "needs access to logprobs, the audit has text"
     assert "knowledge/choice" in record.verdict.coverage[Question.LEAKAGE]

@@ -129,7 +129,7 @@ def test_stages_are_those_that_run_reaches_in_order(monkeypatch):
 
 @cache
 def found(made: str) -> tuple[Finding, object, Case]:
-    case = tiny_case({"target": made}, ("forget", "retain", "holdout"))
+    case = tiny_case({"target": made}, ("forget", "retain", "holdout"), only=["relearn-lora"])
     evidence = captured(case, RelearnLora())
     return RelearnLora().measure(case, evidence)[0], evidence, case
 

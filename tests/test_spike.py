@@ -369,7 +369,7 @@ def test_the_flag_asks_for_it(tmp_path, monkeypatch):
 
 def test_the_report_shows_the_table():
     page = render_html(sample())
-    panel = page[page.index('<section id="spike"') : page.index('<section id="questions"')]
+    panel = page[page.index('<section id="spike"') : page.index('<section id="tried"')]
     assert page.index('id="verdict"') < page.index('<section id="spike"')
     assert 'href="#spike"' in page
     for words in ("never-planted", "nothing is there", "knowledge remains", "below never-taught", "not tested",
