@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from audit.bench.pool import in_turn
 from audit.errors import AuditError, BadInput
-from audit.instrument import names
+from audit.instrument import load, names
 from audit.organisms.recipes import Recipe, build, read_history
 from audit.record import Finding, InstrumentCost, Label, NotRun, Question, write_atomically
 from audit.verdict import conclude, judge
@@ -79,8 +79,8 @@ class Work:
 
     @property
     def instruments(self) -> Sequence[str]:
-        """The names of those that its row should hold."""
-        return self.only or names()
+        """The names of those that its row should hold: those asked for, else all that are part of every scan."""
+        return self.only or [name for name in names() if not load(name).dear]
 
     @property
     def key(self) -> str:
