@@ -112,12 +112,12 @@ class Altering(Attack):
             for name in SETS
             if name in case.sets
         }
-        finding = against_never_taught(
-            self, case, evidence, self.statistic, score, columns=(self.axis, names), rows=rows, roles=roles
-        )
-        # Rows that an alteration makes worse were hidden by an edit, or hang on small weights: no reason for alarm.
         alarm = Side.REMAINS if self.alarms else Side.NEITHER
-        finding = finding.model_copy(update={"sides": (alarm, Side.NEITHER)})
+        finding = against_never_taught(
+            self, case, evidence, self.statistic, score, columns=(self.axis, names), rows=rows, roles=roles,
+            # Rows that an alteration makes worse were hidden by an edit, or hang on small weights: no reason for alarm.
+            sides=(alarm, Side.NEITHER),
+        )  # fmt: skip
         chosen = names.index(finding.layer) if finding.layer in names else 0
 
         def gain(name: str) -> Floats:

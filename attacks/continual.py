@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +44,7 @@ from audit.evidence import Evidence
 from audit.finetune import descend, endless, learning_rate, padded
 from audit.instrument import Access, Attack, Stage
 from audit.plan import Request
+from audit.progress import part_of
 from audit.record import Control, Finding, Question, Side, Table
 from audit.statistics import dealt, mean_estimate, two_sample
 from audit.tokens import Tokens
@@ -157,6 +158,7 @@ class Continual(Attack):
 
     name = "continual"
     title = "Do earlier deletions outlive later ones?"
+    aside = "asks about a method, not about this model: it unlearns"
     question = Question.UTILITY
     access = Access.WEIGHTS
     sets = _SETS
@@ -170,8 +172,6 @@ class Continual(Attack):
             return reason
         if len(set(case.clusters(tested(case, "forget")))) < 4:
             return "needs at least 4 entities in the forget set to delete them in two requests"
-        if self.name not in case.options.only:
-            return "asks about a method, not about this model: it unlearns, and runs when asked for by name (--only)"
         return None
 
     def requests(self, case: Case, target: Target) -> list[Request]:
@@ -208,7 +208,7 @@ class Continual(Attack):
             asked = [tokens for tokens, request in zip(forget, turn, strict=True) if request == i]
             unlearn(
                 target.model, asked, retain, level, recipe, seed=case.options.seed + i,
-                tick=partial(_shown, tick, i * recipe.most, len(stages) * recipe.most),
+                tick=part_of(tick, i * recipe.most, len(stages) * recipe.most),
             )  # fmt: skip
             yield stage
 
@@ -340,11 +340,6 @@ class _Stream:
             )
             for name in _SETS
         }
-
-
-def _shown(tick: Any, begun: int, total: int, done: int) -> None:
-    """Progress of one request as progress of all."""
-    tick(begun + done, total)
 
 
 def _count(case: Case) -> int:

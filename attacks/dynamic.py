@@ -50,7 +50,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from attacks.prompting import OPTIONS, PLAIN, Asked, Prompting, Way, encoded, fitting, plainly
-from attacks.recall import SETS, Floats
+from attacks.recall import SETS, Floats, mean_row
 from attacks.rewording import Facts, asked_back, form, statement, uncapitalised, with_synonyms
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
@@ -60,7 +60,7 @@ from audit.loaders import Example
 from audit.plan import Generate, Request
 from audit.quantities import hidden
 from audit.record import Control, Finding, Side
-from audit.statistics import mean_estimate, one_sample, two_sample
+from audit.statistics import one_sample, two_sample
 
 if TYPE_CHECKING:
     from audit.target import Target
@@ -288,11 +288,8 @@ class Dynamic(Prompting):
             clusters = np.array(case.clusters(rows))[kept]
             for role in (role for role in self.asked_roles if role in case.models):
                 for label, way in ((PLAIN, Way(PLAIN, plainly)), (probe.name, Way(probe.name, probe.ask))):
-                    mean = mean_estimate(
-                        value(role, "forget", way)[kept], clusters, bounds=(0.0, 1.0), seed=case.options.seed
-                    )
-                    what = f"forget, known to the original ({probe.name})"
-                    table.append([role, what, label, mean.value, mean.lo, mean.hi])
+                    what = [role, f"forget, known to the original ({probe.name})", label]
+                    table.append(mean_row(what, value(role, "forget", way)[kept], clusters, seed=case.options.seed))
         return table
 
     def _described(self, case: Case) -> dict[str, list[tuple[Example, Example]]]:
@@ -318,10 +315,10 @@ class Dynamic(Prompting):
             return likeness["hops"] - likeness["plain"]
 
         axis = ("after block", [float(i) for i in blocks])
-        finding = against_never_taught(
-            self, case, evidence, PATHWAY, score, columns=axis, rows=rows, roles=("target",), seen_anywhere=True
-        )
-        return finding.model_copy(update={"sides": (Side.NEITHER, Side.NEITHER)})
+        return against_never_taught(
+            self, case, evidence, PATHWAY, score, columns=axis, rows=rows, roles=("target",), seen_anywhere=True,
+            sides=(Side.NEITHER, Side.NEITHER),
+        )  # fmt: skip
 
 
 def _elicited(case: Case, rows: Mapping[str, tuple[Example, ...]], plain: Mapping[str, Floats]) -> Control:

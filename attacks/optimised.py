@@ -30,7 +30,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -43,6 +42,7 @@ from audit.errors import BadInput
 from audit.evidence import Arrays, Evidence
 from audit.instrument import Access, Attack, Stage
 from audit.plan import Request, Work, merge
+from audit.progress import part_of
 from audit.record import Finding, Question, Side
 from audit.statistics import halves
 from audit.tokens import Tokens
@@ -126,7 +126,7 @@ class Optimised(Attack):
 
     @abstractmethod
     def recipe(self, case: Case, target: Target) -> Any:
-        """The budget: all that determines the prefix besides model, rows and seed; has `length`, in tokens."""
+        """The budget: all that determines the prefix besides model, rows and seed; has `length` (tokens), `steps`."""
 
     @abstractmethod
     def found(
@@ -166,7 +166,7 @@ class Optimised(Attack):
         """Optimise a prefix on half a, ask everything after it; then half b."""
         requests, stages = self.requests(case, target), self.stages(case, target)
         longest = max(len(tokens.ids) for request in requests for tokens in request.sequences)
-        length = self.recipe(case, target).length
+        length, steps = (recipe := self.recipe(case, target)).length, recipe.steps
         if longest + length > target.context_length:
             raise BadInput(
                 f"{target.inventory.root}: a row of {longest} tokens leaves no room for a prefix of {length} in a "
@@ -179,7 +179,7 @@ class Optimised(Attack):
                 for row, taught in zip(tested(case, name), _taught(case, name, half), strict=True)
                 if taught
             ]
-            with self.found(case, target, rows, partial(_shifted, tick, i, len(stages))) as prefix:
+            with self.found(case, target, rows, part_of(tick, i * steps, len(stages) * steps)) as prefix:
                 kept = recorded(target, requests, prefix)
             yield Stage(stage.name, stage.recipe, kept)
 
@@ -206,9 +206,9 @@ class Optimised(Attack):
         finding = against_never_taught(
             self, case, evidence, self.statistic, score, columns=(self.name, ["without", "with the prefix"]),
             aggregate=lambda both: both[:, 1], rows=rows, roles=self.attacked(case),
+            # Where forget rows stay below holdout rows, an edit of the output still holds: no reason for alarm.
+            sides=(Side.REMAINS, Side.NEITHER),
         )  # fmt: skip
-        # Where forget rows stay below holdout rows, an edit of the output still holds: no reason for alarm.
-        finding = finding.model_copy(update={"sides": (Side.REMAINS, Side.NEITHER)})
         finding.controls.append(came_back(case, rows, lambda name: np.diff(score("target", name), axis=1)[:, 0]))
         return [finding]
 
@@ -216,8 +216,3 @@ class Optimised(Attack):
 def _taught(case: Case, name: str, half: str) -> NDArray[np.bool_]:
     """Which of a set's tested rows a prefix is optimised on."""
     return np.asarray(halves(case.clusters(tested(case, name)), case.options.seed) == (half == "a"))
-
-
-def _shifted(tick: Any, run: int, runs: int, done: int, total: int) -> None:
-    """Progress of one run as progress of all of them."""
-    tick(run * total + done, runs * total)

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from attacks.recall import SETS, Floats, came_back, preference
-from audit.asking import new_tokens
+from attacks.recall import SETS, Floats, came_back, mean_row, preference
+from audit.asking import continued_rows, new_tokens, unprompted
 from audit.case import Budget, Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
@@ -32,7 +32,6 @@ from audit.instrument import Access, Instrument
 from audit.loaders import Example
 from audit.plan import Generate, Request
 from audit.record import Finding, Question, Side
-from audit.statistics import mean_estimate
 from audit.tokens import Tokens, common_prefix
 from detectors.knowledge import rouge_l_recall
 
@@ -102,14 +101,12 @@ class Prompting(Instrument):
 
     def missing(self, case: Case) -> str | None:
         """A passage asks nothing that could be asked otherwise."""
-        reason = super().missing(case)
-        if reason is None and not all(row.prompt for name in SETS if name in case.sets for row in case.rows(name)):
-            return "needs a prompt in every row"
+        reason = super().missing(case) or unprompted(case)
         return reason or (None if self.ways(case) else "no way of asking fits the rows of the forget set")
 
     def rows(self, case: Case, name: str) -> tuple[Example, ...]:
         """The rows of a set that are asked in every way."""
-        return case.rows(name, {"quick": 40, "standard": 120, "thorough": None}[case.options.budget.value])
+        return continued_rows(case, name)
 
     def requests(self, case: Case, target: Target) -> list[Request | Generate]:
         """Every row in every way, and as it stands: its answers scored, and, where that is to be seen, written."""
@@ -160,9 +157,9 @@ class Prompting(Instrument):
             rows=rows,
             roles=self.asked_roles,
             seen_anywhere=True,
+            # Asked otherwise a fact may be preferred less, by a model that does not understand: no reason for alarm.
+            sides=(Side.REMAINS, Side.NEITHER),
         )
-        # Asked otherwise a fact may be preferred less: wording that the model does not understand, no reason for alarm.
-        finding = finding.model_copy(update={"sides": (Side.REMAINS, Side.NEITHER)})
         chosen = next((way for way in ways if way.name == finding.layer), ways[0])
 
         def gain(name: str) -> Floats:
@@ -191,9 +188,8 @@ class Prompting(Instrument):
                 groups = np.array([row.group for row in asked])
                 for group in ("", *sorted(set(groups[groups != ""]))):
                     kept = groups == group if group else np.full(len(asked), True)
-                    mean = mean_estimate(found[kept], clusters[kept], bounds=(0.0, 1.0), seed=case.options.seed)
-                    label = f"{PLAIN}: {group}" if group else PLAIN
-                    table.append([role, name, label, mean.value, mean.lo, mean.hi])
+                    label = [role, name, f"{PLAIN}: {group}" if group else PLAIN]
+                    table.append(mean_row(label, found[kept], clusters[kept], seed=case.options.seed))
         return table
 
     def _preferred(self, case: Case, evidence: Evidence, role: str, name: str, way: Way) -> Floats:

@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attacks.recall import SETS, Floats, came_back
-from attacks.sampling import ROLES, contains, mean_row, spread
-from audit.asking import new_tokens
+from attacks.recall import SETS, Floats, came_back, mean_row
+from attacks.sampling import ROLES, contains, spread
+from audit.asking import new_tokens, unprompted
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
@@ -92,10 +92,7 @@ class Reasoning(Instrument):
 
     def missing(self, case: Case) -> str | None:
         """A passage asks nothing that could be thought about."""
-        reason = super().missing(case)
-        if reason is None and not all(row.prompt for name in SETS if name in case.sets for row in case.rows(name)):
-            return "needs a prompt in every row"
-        return reason
+        return super().missing(case) or unprompted(case)
 
     def rows(self, case: Case, name: str) -> tuple[Example, ...]:
         """The rows of a set that are asked."""
@@ -137,8 +134,8 @@ class Reasoning(Instrument):
             rows=rows,
             roles=ROLES,
             seen_anywhere=True,
+            sides=(Side.REMAINS, Side.NEITHER),
         )
-        finding = finding.model_copy(update={"sides": (Side.REMAINS, Side.NEITHER)})
         chosen = _WAYS.index(finding.layer) if finding.layer in _WAYS else 0
         if "holdout" in rows:
             gains = {name: -np.diff(said("target", name)[:, chosen], axis=1)[:, 0] for name in rows}
@@ -150,7 +147,8 @@ class Reasoning(Instrument):
                     for i, way in enumerate(_WAYS):
                         hidden = said(role, name)[:, i, 0] > said(role, name)[:, i, 1]
                         label = f"{way}, and not in the answer"
-                        finding.table.rows.append(mean_row(case, role, name, label, hidden, asked))
+                        whose = case.clusters(asked)
+                        finding.table.rows.append(mean_row([role, name, label], hidden, whose, seed=case.options.seed))
         return [finding]
 
 

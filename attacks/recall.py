@@ -21,7 +21,7 @@ from audit.loaders import Example
 from audit.plan import Request
 from audit.quantities import TOKEN, top_k
 from audit.record import Control
-from audit.statistics import two_sample
+from audit.statistics import mean_estimate, two_sample
 from detectors.knowledge import choice_correct
 
 if TYPE_CHECKING:
@@ -87,6 +87,12 @@ def came_back(case: Case, rows: Mapping[str, tuple[Example, ...]], gain: Callabl
         passed=estimate.lo > 0,
         gates="evidence",
     )
+
+
+def mean_row(label: list[str], values: ArrayLike, clusters: ArrayLike, *, seed: int) -> list[str | int | float | None]:
+    """A row more for a finding's table: `label`, and the mean of values from 0 to 1 with its interval."""
+    mean = mean_estimate(values, clusters, bounds=(0.0, 1.0), seed=seed)
+    return [*label, mean.value, mean.lo, mean.hi]
 
 
 def _recognized(case: Case, evidence: Evidence, role: str, attack: str, name: str) -> Floats:

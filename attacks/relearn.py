@@ -48,6 +48,7 @@ from audit.finetune import descend, endless, learning_rate
 from audit.instrument import Access, Attack, Stage
 from audit.loaders import Example
 from audit.plan import Request
+from audit.progress import part_of
 from audit.record import Finding, Question
 from audit.statistics import halves
 from audit.tokens import Tokens
@@ -250,7 +251,7 @@ class Relearn(Attack):
                 target.release()
             taught, mixed = lessons(case, target, half)
             total = len(taught_halves) * recipe.steps[-1]
-            show = partial(shifted, tick, i * recipe.steps[-1], total)
+            show = part_of(tick, i * recipe.steps[-1], total)
             for _ in fine_tune(
                 target.model, taught, mixed, recipe, seed=case.options.seed, loss=target.loss, tick=show
             ):
@@ -305,8 +306,3 @@ def _fitting(statistic: Statistic, case: Case) -> Statistic:
         return statistic
     decides = statistic.decides if "retrained" in case.models else (False, False)
     return replace(statistic, threshold=_BY_CLASS, decides=decides)
-
-
-def shifted(tick: Any, begun: int, total: int, done: int, _: int) -> None:
-    """Progress of one run as progress of all of them."""
-    tick(begun + done, total)

@@ -30,19 +30,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attacks.recovery import curve_figure, summary
-from attacks.relearn import UNTAUGHT, Curves, Floats, Recipe, Relearn, fine_tune, lessons, recipe_for, shifted
+from attacks.relearn import UNTAUGHT, Curves, Floats, Recipe, Relearn, fine_tune, lessons, recipe_for
 from audit.case import Case
 from audit.contrast import against_never_taught
 from audit.errors import BadInput
 from audit.evidence import Evidence
 from audit.finetune import learning_rate
 from audit.instrument import Stage
+from audit.progress import part_of
 from audit.record import Control, Finding, Side
 from audit.statistics import one_sample
 
@@ -130,7 +131,7 @@ class RelearnLora(Relearn):
             if i:
                 target.release()
             trained = adapters(target.model, target.blocks, rank=RANK, alpha=ALPHA, seed=seed)
-            show = partial(shifted, tick, i * recipe.steps[-1], len(runs) * recipe.steps[-1])
+            show = part_of(tick, i * recipe.steps[-1], len(runs) * recipe.steps[-1])
             taught = lessons(case, target, half)
             for _ in fine_tune(trained, *taught, recipe, seed=seed, loss=target.loss, tick=show):
                 yield next(reached)
@@ -160,6 +161,8 @@ class RelearnLora(Relearn):
             roles=("target",),
             extra=[_learned(case, by_rate)],
             seen_anywhere=True,
+            # A block that was edited may learn more slowly through an adapter: below nothing is concluded.
+            sides=(Side.REMAINS, Side.NEITHER),
         )
         chosen = finding.layer or rates[0]
         drawn = by_rate[chosen].untaught("target")
@@ -168,8 +171,7 @@ class RelearnLora(Relearn):
                 finding.table.rows += summary(curves.untaught("target"), steps, seed=seed, label=f"target, {rate}")
         title = f"Facts that were not retaught, learning rate {chosen}"
         figure = curve_figure(title, drawn, steps, _STYLE.__getitem__, seed=seed)
-        # A block that was edited may learn more slowly through an adapter: below nothing is concluded.
-        return [finding.model_copy(update={"figure": figure, "sides": (Side.REMAINS, Side.NEITHER)})]
+        return [finding.model_copy(update={"figure": figure})]
 
 
 _STYLE = {"forget": "target", "holdout": "control", "retain": "reference"}

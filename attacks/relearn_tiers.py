@@ -42,12 +42,13 @@ import numpy as np
 from attacks.alteration import Alteration, Altering, Bools
 from attacks.recall import SETS, recalled, tested
 from attacks.recovery import Group, curve_figure, summary
-from attacks.relearn import Recipe, fine_tune, recipe_for, shifted
+from attacks.relearn import Recipe, fine_tune, recipe_for
 from audit.case import Case
 from audit.contrast import Statistic
 from audit.evidence import Evidence
 from audit.instrument import Stage
 from audit.loaders import Example
+from audit.progress import part_of
 from audit.record import Finding
 from audit.statistics import halves
 from audit.tokens import Tokens
@@ -138,7 +139,7 @@ class RelearnTiers(Altering):
         for i, taught in enumerate(rows.values()):
             if i:
                 target.release()
-            show = partial(shifted, tick, i * recipe.steps[-1], total)
+            show = part_of(tick, i * recipe.steps[-1], total)
             for _ in fine_tune(target.model, taught, [], recipe, seed=case.options.seed, loss=target.loss, tick=show):
                 yield next(reached)
 

@@ -39,16 +39,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attacks.recall import SETS, Floats, came_back
-from audit.asking import new_tokens
+from attacks.recall import SETS, Floats, came_back, mean_row
+from audit.asking import new_tokens, unprompted
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
 from audit.instrument import Access, Instrument
 from audit.loaders import Example
 from audit.plan import Generate
-from audit.record import Finding, MaybeNumber, Question, Side
-from audit.statistics import mean_estimate
+from audit.record import Finding, Question, Side
 from detectors.knowledge import rouge_l_recall
 
 if TYPE_CHECKING:
@@ -151,10 +150,7 @@ class Sampling(Instrument):
 
     def missing(self, case: Case) -> str | None:
         """A passage asks nothing that could be answered."""
-        reason = super().missing(case)
-        if reason is None and not all(row.prompt for name in SETS if name in case.sets for row in case.rows(name)):
-            return "needs a prompt in every row"
-        return reason
+        return super().missing(case) or unprompted(case)
 
     def rows(self, case: Case, name: str) -> tuple[Example, ...]:
         """The rows of a set that are asked."""
@@ -215,15 +211,15 @@ class Sampling(Instrument):
             rows=rows,
             roles=ROLES,
             seen_anywhere=True,
+            # A refusal is drawn in place of guesses too: fewer hits than holdout rows have are no reason for alarm.
+            sides=(Side.REMAINS, Side.NEITHER),
         )
-        # A refusal is drawn in place of guesses too: fewer hits than holdout rows have are no reason for alarm.
-        finding = finding.model_copy(update={"sides": (Side.REMAINS, Side.NEITHER)})
         chosen = columns[finding.layer or next(iter(columns))]
         if "holdout" in rows:
             finding.controls.append(came_back(case, rows, lambda name: chosen("target", name) - greedy("target", name)))
         if finding.table is not None:
             finding.table.rows += [
-                mean_row(case, role, name, "greedy", greedy(role, name), asked)
+                mean_row([role, name, "greedy"], greedy(role, name), case.clusters(asked), seed=case.options.seed)
                 for role in ROLES
                 if role in case.models
                 for name, asked in rows.items()
@@ -239,14 +235,6 @@ class Sampling(Instrument):
             drawn = texts[i * recipe.samples : (i + 1) * recipe.samples]
             drill[row.id] = {"drawn": float(np.mean([contains(row.answer, text) for text in drawn]))}
         return drill
-
-
-def mean_row(
-    case: Case, role: str, name: str, label: str, values: ArrayLike, rows: tuple[Example, ...]
-) -> list[str | int | MaybeNumber]:
-    """A row more for a finding's table: the mean of the rows of a set, 0 to 1, with its interval."""
-    mean = mean_estimate(values, case.clusters(rows), bounds=(0.0, 1.0), seed=case.options.seed)
-    return [role, name, label, mean.value, mean.lo, mean.hi]
 
 
 def _request(name: str, way: float | str = "greedy") -> str:

@@ -144,6 +144,7 @@ class WorstCase(Attack):
 
     name = subsets.NAME
     title = "Which images would be forgotten worst?"
+    aside = "asks about a method, not about this model: it trains many"
     question = Question.UTILITY
     access = Access.WEIGHTS
     modality = "image"
@@ -159,8 +160,6 @@ class WorstCase(Attack):
             return f"needs at least {_FEWEST} images in forget and retain set together"
         if len({row.answer for row in subsets.images(case)}) < 2:
             return "needs images of at least two classes in forget and retain set together"
-        if self.name not in case.options.only:
-            return "asks about a method, not about this model: it trains many, and runs when asked for by name (--only)"
         return None
 
     def requests(self, case: Case, target: ImageTarget) -> list[Request]:

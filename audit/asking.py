@@ -71,6 +71,12 @@ def continuations(case: Case, target: Target, sets: Iterable[str]) -> list[Gener
     return made
 
 
+def unprompted(case: Case) -> str | None:
+    """Why a case cannot be asked: a passage has no question. None if every compared row has a prompt."""
+    rows = (row for name in COMPARED if name in case.sets for row in case.rows(name))
+    return None if all(row.prompt for row in rows) else "needs a prompt in every row"
+
+
 def continued_rows(case: Case, name: str) -> tuple[Example, ...]:
     """The rows whose prompts are continued: generation costs a pass a token, so fewer than are scored."""
     return case.rows(name, {"quick": 40, "standard": 120, "thorough": None}[case.options.budget.value])

@@ -28,7 +28,7 @@ from audit.case import Case
 from audit.evidence import Evidence
 from audit.instrument import Instrument
 from audit.loaders import Example
-from audit.record import Control, Figure, Finding, Series, Table
+from audit.record import Control, Figure, Finding, Series, Side, Table
 from audit.statistics import (
     Estimate,
     auc_two_sample,
@@ -94,6 +94,7 @@ def against_never_taught(
     roles: tuple[str, ...] = ("target", "original", "retrained"),
     extra: list[Control] | None = None,
     seen_anywhere: bool = False,
+    sides: tuple[Side, Side] = (Side.REMAINS, Side.BEYOND),
 ) -> Finding:
     """Is the forget set's statistic what a never-taught model's would be?
 
@@ -110,6 +111,7 @@ def against_never_taught(
         extra: controls of the instrument's own.
         seen_anywhere: does the positive control hold if known facts are seen in any column? Else only if in the last,
             where columns have an order: the model's own output, or the attack's end.
+        sides: what evidence above, and below, the null value means.
     """
     roles = tuple(role for role in roles if role in case.models)
     score = cache(score)
@@ -150,6 +152,7 @@ def against_never_taught(
         smallest_p=estimate.smallest_p,
         threshold=statistic.threshold,
         decides=statistic.decides,
+        sides=sides,
         noise=max(evidence.noise.values(), default=0.0),
         controls=controls + (extra or []),
         reference=statistic.reference,

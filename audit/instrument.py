@@ -49,6 +49,7 @@ class Instrument(ABC):
         roles: models it cannot do without, besides the target.
         watches: attacks whose altered models it wants to see as well: `requests` is called for these too.
         dear: why it is no part of every scan, in a phrase; if so it runs at budget thorough, or when named.
+        aside: why it says nothing of the model under audit, in a phrase, if it does not: it then runs only when named.
         modality: the models it reads: `text` (`audit.target.Target`), `image` (`audit.image_target.ImageTarget`),
             or `any` (`audit.opened.OpenModel`).
         reference: the paper, and the section, it comes from.
@@ -63,6 +64,7 @@ class Instrument(ABC):
     roles: ClassVar[tuple[str, ...]] = ()
     watches: ClassVar[tuple[str, ...]] = ()
     dear: ClassVar[str] = ""
+    aside: ClassVar[str] = ""
     modality: ClassVar[str] = "text"
     reference: ClassVar[str]
 
@@ -76,7 +78,11 @@ class Instrument(ABC):
             return f"needs the {' and '.join(roles)} model"
         if self.access > case.options.access:
             return _lacking(self.access, case)
-        if self.dear and self.name not in case.options.only and case.options.budget != "thorough":
+        if self.name in case.options.only:
+            return None
+        if self.aside:
+            return f"{self.aside}, and runs when asked for by name (--only)"
+        if self.dear and case.options.budget != "thorough":
             return f"{self.dear}: runs at budget thorough, or when asked for by name (--only)"
         return None
 
@@ -157,6 +163,12 @@ class Broken:
 def names() -> list[str]:
     """Names of all registered instruments, sorted; imports none of them."""
     return sorted(_points())
+
+
+def everyday() -> list[str]:
+    """Names of those that are part of every scan, sorted; imports all. A broken one would be, for all one knows."""
+    made = {name: _make(point) for name, point in sorted(_points().items())}
+    return [name for name, item in made.items() if isinstance(item, Broken) or not (item.dear or item.aside)]
 
 
 def load(name: str) -> Instrument:

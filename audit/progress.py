@@ -10,6 +10,15 @@ Tick = Callable[[int], None]
 """Called with the number of steps done so far."""
 
 
+def part_of(tick: Callable[[int, int], object], begun: int, total: int) -> Callable[..., None]:
+    """Shows the progress of one run, called with its steps done (and of how many), as progress of all runs."""
+
+    def show(done: int, *_: int) -> None:
+        tick(begun + done, total)
+
+    return show
+
+
 class Progress(Protocol):
     """Shows how far labelled pieces of work have come."""
 

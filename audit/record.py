@@ -165,6 +165,21 @@ class Finding(_Model):
     figure: Figure | None = None
     table: Table | None = None
 
+    def reach(self) -> float | None:
+        """The largest effect that the interval allows towards sides that raise an alarm; either way if none does."""
+        lo, hi = self.ci95
+        if lo is None or hi is None:
+            return None
+        effects = ((hi if self.bound is None else self.bound) - self.null_value, self.null_value - lo)
+        alarming = (Side.REMAINS, Side.DAMAGE, Side.UNLEARNED)
+        towards = [effect for effect, side in zip(effects, self.sides, strict=True) if side in alarming]
+        return max(towards or [hi - self.null_value, self.null_value - lo])
+
+    def known_effect(self) -> float | None:
+        """What the statistic shows where the effect certainly is: its positive control, if that passed."""
+        seen = (c.estimate for c in self.controls if c.name == "positive control" and c.passed)
+        return next((estimate - self.null_value for estimate in seen if estimate is not None), None)
+
 
 class NotRun(_Model):
     """An instrument that gave no finding, and why. `failed`: it crashed, rather than lacking an input."""

@@ -54,8 +54,9 @@ def judge(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def _decide(finding: Finding, adjusted: float | None) -> tuple[Outcome, Side, str]:
-    lo, hi = finding.ci95
-    if finding.estimate is None or lo is None or hi is None:
+    # Silence is about the side that would matter: knowledge left, or damage done.
+    worst = finding.reach()
+    if finding.estimate is None or worst is None:
         return Outcome.INCONCLUSIVE, Side.NEITHER, "the statistic, or its interval, could not be computed"
     effect = finding.estimate - finding.null_value
     failed = {c.gates: c for c in finding.controls if c.passed is False}
@@ -75,8 +76,6 @@ def _decide(finding: Finding, adjusted: float | None) -> tuple[Outcome, Side, st
         )
     if finding.p_value is None and "evidence" in failed:
         return Outcome.INCONCLUSIVE, Side.NEITHER, f"no {failed['evidence'].name}: {failed['evidence'].description}"
-    # Silence is about the side that would matter: knowledge left, or damage done.
-    worst = _towards_alarm(finding, lo, hi)
     if worst >= finding.threshold:
         if finding.smallest_p is not None and finding.smallest_p > ALPHA:
             return (
@@ -106,17 +105,6 @@ def _decide(finding: Finding, adjusted: float | None) -> tuple[Outcome, Side, st
         Side.NEITHER,
         f"the 95 % interval excludes an effect of {finding.threshold:g} or more",
     )
-
-
-def _towards_alarm(finding: Finding, lo: float, hi: float) -> float:
-    """How far the interval reaches towards the side that raises the alarm."""
-    alarm = (Side.REMAINS, Side.DAMAGE, Side.UNLEARNED)
-    reach = []
-    if finding.sides[0] in alarm:
-        reach.append((hi if finding.bound is None else finding.bound) - finding.null_value)
-    if finding.sides[1] in alarm:
-        reach.append(finding.null_value - lo)
-    return max(reach or [hi - finding.null_value, finding.null_value - lo])
 
 
 # --- the whole ----------------------------------------------------------------------------------------------
@@ -196,24 +184,17 @@ def _too_little(finding: Finding) -> bool:
     Of many tests some are always a little too wide for their threshold. They may be so as long as another one of the
     same question is not; one that is blind, or leaves room for what a hidden fact would show, may not.
     """
-    lo, hi = finding.ci95
-    known, p = _known_effect(finding), finding.p_adjusted
-    if finding.estimate is None or known is None or lo is None or hi is None or p is None:
+    worst, known, p = finding.reach(), finding.known_effect(), finding.p_adjusted
+    if finding.estimate is None or worst is None or known is None or p is None:
         return False
-    return p > HINT and _towards_alarm(finding, lo, hi) < OPEN_SHARE * known
-
-
-def _known_effect(finding: Finding) -> float | None:
-    """What known facts show in the same statistic; None where they show nothing, or it was not tested."""
-    control = next((c for c in finding.controls if c.name == "positive control" and c.passed), None)
-    return control.estimate - finding.null_value if control and control.estimate else None
+    return p > HINT and worst < OPEN_SHARE * known
 
 
 def _open_share(findings: Sequence[Finding]) -> float | None:
     """Median, over output statistics that can see known facts, of effect over a known fact's effect."""
     shares = []
     for finding in findings:
-        known = _known_effect(finding)
+        known = finding.known_effect()
         speaks = finding.question == Question.LEAKAGE and finding.sides[0] == Side.REMAINS
         if speaks and known and finding.estimate is not None:
             shares.append((finding.estimate - finding.null_value) / known)

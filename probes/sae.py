@@ -269,8 +269,9 @@ class SaeRestoration(Attack):
                 columns=("α", [0.0, *CARRIED]),
                 aggregate=lambda wins: wins[:, 1],
                 extra=shared,
+                sides=(Side.NEITHER, Side.NEITHER),
             )
-            found.append(put_in.model_copy(update={"sides": (Side.NEITHER, Side.NEITHER)}))
+            found.append(put_in)
         table = _table(won, reference)
         return [each.model_copy(update={"table": table}) for each in found]
 

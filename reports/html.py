@@ -209,7 +209,7 @@ def _bound(finding: Finding) -> tuple[str, str] | None:
 
     None if it found something, be it on a side that is no cause for alarm.
     """
-    largest, known = words.not_ruled_out(finding), words.known_effect(finding)
+    largest, known = finding.reach(), finding.known_effect()
     if finding.verdict is not Outcome.NONE or largest is None or largest >= finding.threshold:
         return None
     return words.number(max(0.0, largest), finding.threshold), "–" if known is None else words.number(known)

@@ -361,26 +361,6 @@ def direction(finding: Finding) -> str:
     return "above" if distance > 0 else "below"
 
 
-def not_ruled_out(finding: Finding) -> float | None:
-    """The largest effect, towards the side that raises the alarm, that the interval still allows."""
-    lo, hi = finding.ci95
-    if lo is None or hi is None:
-        return None
-    up = (hi if finding.bound is None else finding.bound) - finding.null_value
-    down = finding.null_value - lo
-    reach = [way for way, side in zip((up, down), finding.sides, strict=True) if side in _ALARMING]
-    return max(reach or [hi - finding.null_value, down])
-
-
-_ALARMING = (Side.REMAINS, Side.DAMAGE, Side.UNLEARNED)
-
-
-def known_effect(finding: Finding) -> float | None:
-    """What the same statistic shows where the effect certainly is: its positive control, if it passed."""
-    seen = (c.estimate for c in finding.controls if c.name == "positive control" and c.passed)
-    return next((estimate - finding.null_value for estimate in seen if estimate is not None), None)
-
-
 def error_rate(rate: ErrorRate) -> str:
     """How often such a verdict is wrong, in words."""
     if rate.estimate is None and rate.upper95 is None:

@@ -348,7 +348,7 @@ def test_rows_are_kept_and_a_plug_in_gets_its_line(small, tmp_path, request, mon
     recipes = [Recipe("llama", "original", 0), Recipe("llama", "int8", 0)]
     # Of the installed ones a few: each costs the scan of two organisms.
     few = {"knowledge", "lens", "relearn", "utility", "toy"}
-    monkeypatch.setattr("audit.bench.rows.names", lambda: [name for name in instrument.names() if name in few])
+    monkeypatch.setattr("audit.bench.rows.everyday", lambda: [n for n in instrument.everyday() if n in few])
     seen: list[str] = []
     [alone] = run(recipes[:1], root, budget="quick", workers=1, only=["knowledge"])
     assert alone.instruments == ["knowledge"] == sorted({f.instrument for f in alone.findings})

@@ -16,7 +16,7 @@ from worlds import audit_here, build_tiny, open_target, quiet_scan, small_case, 
 from audit.capture import Engine
 from audit.case import ROLES, SETS, Case, Options
 from audit.errors import BadInput
-from audit.instrument import GROUP, Access, Attack, Broken, Instrument, load, load_all, names, select
+from audit.instrument import GROUP, Access, Attack, Broken, Instrument, everyday, load, load_all, names, select
 from audit.plan import AnyRequest, Generate, Patched, Request, Weights
 from audit.quantities import Quantity
 from audit.record import Control, Finding, Outcome, Question, Record, Side
@@ -25,7 +25,7 @@ from audit.target import Target
 DEEP = {"weights-alone"}
 """Instruments that need more blocks than the tiny model has; `test_weights_alone.py` asks this of them."""
 
-NAMED = sorted({"continual"} | {name for name in names() if load(name).dear})
+NAMED = sorted(set(names()) - set(everyday()))
 """Those that the scan of the tiny case leaves out, for they are dear; their own tests scan with them."""
 
 EVERY = [name for name in names() if name not in DEEP and load(name).modality != "image"]

@@ -8,10 +8,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from golden.__main__ import HERE
 from sample_record import empty, sample
 
-from audit.record import ErrorRate, Figure, Finding, Outcome, Record, Series, Side
+from audit.record import ErrorRate, Figure, Finding, Outcome, Series, Side
 from reports import words
 from reports.escape import one_line, shown, visible
 from reports.forest import forest
@@ -66,15 +65,26 @@ def test_confidence_is_that_of_the_findings_behind_the_answer():
     assert {answer.confidence for answer in words.answers(empty())} == {"none: there is nothing to be sure of."}
 
 
-def test_not_ruled_out_is_what_the_verdict_goes_by():
-    from audit.verdict import _towards_alarm
+@pytest.mark.parametrize(
+    ("sides", "reach"),
+    [
+        ((Side.REMAINS, Side.NEITHER), 0.7),  # up from 0.5 to 1.2
+        ((Side.NEITHER, Side.DAMAGE), 0.3),  # down from 0.5 to 0.2
+        ((Side.REMAINS, Side.UNLEARNED), 0.7),
+        ((Side.BEYOND, Side.NEITHER), 0.7),  # no side alarms: the wider one
+    ],
+)
+def test_what_an_interval_does_not_rule_out_is_its_end_towards_an_alarm(sides, reach):
+    each = finding(ci95=(0.2, 1.2)).model_copy(update={"null_value": 0.5, "sides": sides, "bound": None})
+    assert each.reach() == pytest.approx(reach)
+    assert each.model_copy(update={"ci95": (None, 1.2)}).reach() is None
 
-    records = [sample(), Record.read(HERE / "record-1.0.json"), Record.read(HERE / "record-1.0-images.json")]
-    known = [f for record in records for f in record.findings if None not in f.ci95]
-    assert len(known) > 30
-    for each in known:
-        assert words.not_ruled_out(each) == _towards_alarm(each, *each.ci95)
-    assert words.not_ruled_out(finding(ci95=(None, 0.3))) is None
+
+def test_a_bound_stands_for_the_upper_end():
+    each = finding(ci95=(0.2, 1.2)).model_copy(
+        update={"null_value": 0.5, "sides": (Side.REMAINS, Side.NEITHER), "bound": 0.9}
+    )
+    assert each.reach() == pytest.approx(0.4)
 
 
 # Method cards

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from audit.bench.pool import in_turn
 from audit.errors import AuditError, BadInput
-from audit.instrument import load, names
+from audit.instrument import everyday
 from audit.organisms.recipes import Recipe, build, read_history
 from audit.record import Finding, InstrumentCost, Label, NotRun, Question, write_atomically
 from audit.verdict import conclude, judge
@@ -80,7 +80,7 @@ class Work:
     @property
     def instruments(self) -> Sequence[str]:
         """The names of those that its row should hold: those asked for, else all that are part of every scan."""
-        return self.only or [name for name in names() if not load(name).dear]
+        return self.only or everyday()
 
     @property
     def key(self) -> str:
@@ -100,7 +100,7 @@ def run(
 ) -> list[Row]:
     """Rows of these organisms in their order; those that exist are read, the others built and scanned.
 
-    Every registered instrument runs, or `only` these.
+    Every instrument that is part of every scan runs, or `only` these.
 
     Works in processes of one thread each: small models gain nothing from more, and one thread's sums are the same
     everywhere. One worker is this process itself.
