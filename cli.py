@@ -153,12 +153,16 @@ def attack(
     from audit.errors import BadInput
     from audit.instrument import is_attack, load
 
-    if not is_attack(load(name)):
+    asked = load(name)
+    if not is_attack(asked):
         raise BadInput(f"{name!r} is no attack (see `audit list`); run it with `audit scan --only {name}`")
     sets = {"forget": forget, "retain": retain, "holdout": holdout}
     models = {"target": model, "original": original, "retrained": retrained}
     options = {"only": name, "budget": budget, "seed": seed}
-    _audit(_build_case(case, models, sets, None, options), out, fail_on=fail_on, as_json=as_json)
+    built = _build_case(case, models, sets, None, options)
+    if reason := asked.missing(built):
+        raise BadInput(f"{name}: {reason}")
+    _audit(built, out, fail_on=fail_on, as_json=as_json)
 
 
 def _build_case(

@@ -10,6 +10,7 @@ from statistics import fmean
 import pytest
 import torch
 from typer.testing import CliRunner
+from worlds import audit_here
 
 from audit import instrument
 from audit.bench import pool
@@ -286,6 +287,21 @@ def test_what_a_profile_has_not_measured_decides_nothing():
     first, second = profile.applied([known, new])
     assert first.decides == known.decides
     assert second.decides == (False, False)
+
+
+def test_kept_rows_are_judged_by_a_profile_that_is_named(tmp_path, monkeypatch, capsys):
+    rows, path = tmp_path / "rows.jsonl.gz", tmp_path / "profile.json"
+    write_rows(benched(), rows)
+    profile = fit(benched(), name="made", budget="standard")
+    blind = profile.model_copy(update={"name": "blind", "thresholds": dict.fromkeys(profile.thresholds, (9.0, 9.0))})
+    said = {}
+    for each in (profile, blind):
+        path.write_text(each.to_json())
+        assert audit_here(monkeypatch, "bench", "--rows", rows, "--profile", path) == 0
+        said[each.name] = capsys.readouterr().out
+        assert f"the thresholds of the profile {each.name}" in " ".join(said[each.name].split())
+    verdicts = {name: text.partition("## Verdicts")[2] for name, text in said.items()}
+    assert verdicts["made"] != verdicts["blind"].replace("blind", "made")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": "other"}'])

@@ -329,3 +329,22 @@ def test_inventory_prints_digests():
     table = audit("inventory", folder).stdout
     assert entry.digest in table
     assert "model.safetensors" in table
+
+
+# --- attacks
+
+
+@pytest.mark.parametrize("name", ["knowledge", "lens"])
+def test_what_is_no_attack_is_told_how_to_run(name, monkeypatch, capsys):
+    tiny = build_tiny()
+    assert audit_here(monkeypatch, "attack", name, tiny.models["original"], "--forget", tiny.sets["forget"]) == 2
+    assert f"audit scan --only {name}" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["rwku", "relearn-lora"])
+def test_an_attack_that_lacks_something_is_bad_input(name, tmp_path, monkeypatch, capsys):
+    """Those by prompts are attacks as those on weights are: asked for alone, one that cannot run is no clean scan."""
+    code = audit_here(monkeypatch, "attack", name, build_tiny().models["original"], "--out", tmp_path / "out")
+    assert code == 2
+    assert f"{name}: needs the forget" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()

@@ -26,7 +26,7 @@ DEEP = {"weights-alone"}
 """Instruments that need more blocks than the tiny model has; `test_weights_alone.py` asks this of them."""
 
 NAMED = sorted(set(names()) - set(everyday()))
-"""Those that the scan of the tiny case leaves out, for they are dear; their own tests scan with them."""
+"""Those that a scan leaves out, for they are dear or ask about a method; their own tests scan with them."""
 
 EVERY = [name for name in names() if name not in DEEP and load(name).modality != "image"]
 """Those that read texts; of images, `test_image_instruments.py` asks the same."""
@@ -113,6 +113,13 @@ def test_missing_gives_a_reason_for_an_empty_case(each):
 def test_missing_says_nothing_against_the_full_case(each, case):
     assert each.missing(tiny_case(only=[each.name])) is None
     assert (each.missing(case) is None) == (each.name not in NAMED)
+
+
+def test_what_is_dear_runs_at_budget_thorough_and_what_asks_about_a_method_does_not(each):
+    reason = each.missing(tiny_case(budget="thorough"))
+    assert (reason is None) == (not each.aside)
+    if each.aside:
+        assert reason.startswith(each.aside) and "--only" in reason
 
 
 @pytest.mark.parametrize("access", list(Access))
