@@ -3,14 +3,19 @@
     python -m benchmarks.estimates docs/bench/rows.jsonl.gz bench/rows --organisms llama-original-0,llama-retrained-0 \
         --findings lens/choice,relearn/untaught-half --controls
 
+    python -m benchmarks.estimates docs/bench/rows.jsonl.gz --histories original,refusal-head,retrained \
+        --findings quantize/recovered --control "came back"
+
 Reads the bench's rows: files (`audit bench --keep`) or its folder `rows`. Bold is evidence by nominal thresholds,
-`none` an interval that excludes the threshold where known facts were seen.
+`none` an interval that excludes the threshold where known facts were seen. With `--histories`, a line a history: the
+mean over its organisms of all families and seeds (least to greatest), and in how many there was evidence.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import mean
 
 from audit.bench.rows import Row, read_rows
 from audit.record import Finding, Outcome
@@ -62,20 +67,56 @@ def _cell(finding: Finding | None, controls: bool, levels: bool) -> str:
     return f"{text} ({known:.2f})" if controls and known is not None else text
 
 
+def histories(rows: list[Row], named: list[str], wanted: list[str], control: str) -> str:
+    """A line a history, a column a finding; then what the `control` of each showed, if one is named."""
+    head = ["history", "label", "models", *wanted, *(f"{control} ({identity})" for identity in wanted if control)]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for history in named:
+        group = [row for row in rows if row.history == history and row.findings]
+        each = [{f.id: f for f in judge(row.findings)} for row in group]
+        seen = [[found[identity] for found in each if identity in found] for identity in wanted]
+        if any(seen):
+            cells = [history, group[0].label, str(max(map(len, seen))), *map(_spread, seen)]
+            if control:
+                cells += [_span([c.estimate for f in found for c in f.controls if c.name == control]) for found in seen]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(found: list[Finding]) -> str:
+    text = _span([finding.estimate for finding in found])
+    evidence = sum(finding.verdict == Outcome.EVIDENCE for finding in found)
+    return f"{text}, **{evidence} of {len(found)}**" if evidence else text
+
+
+def _span(estimates: list[float | None]) -> str:
+    known = [value for value in estimates if value is not None]
+    if not known:
+        return "–"
+    return f"{mean(known):.2f} ({min(known):.2f} to {max(known):.2f})" if len(known) > 1 else f"{known[0]:.2f}"
+
+
 def main() -> None:
     """Print what is asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimates", description="bold: evidence")
     parser.add_argument("rows", type=Path, nargs="+")
-    parser.add_argument("--organisms", required=True)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--organisms")
+    which.add_argument("--histories")
     parser.add_argument("--findings", default="")
     parser.add_argument("--controls", action="store_true")
     parser.add_argument("--levels", action="store_true")
+    parser.add_argument("--control", default="", help="with --histories: of which control to print what it showed")
+    parser.add_argument("--family", default="", help="with --histories: of this base alone")
     given = parser.parse_args()
     found = rows_of(given.rows)
-    rows = [found[name] for name in given.organisms.split(",") if name in found]
-    print(
-        table(rows, [name for name in given.findings.split(",") if name], controls=given.controls, levels=given.levels)
-    )
+    wanted = [name for name in given.findings.split(",") if name]
+    if given.histories:
+        rows = [row for row in found.values() if given.family in ("", row.family)]
+        print(histories(rows, given.histories.split(","), wanted, given.control))
+    else:
+        rows = [found[name] for name in given.organisms.split(",") if name in found]
+        print(table(rows, wanted, controls=given.controls, levels=given.levels))
 
 
 if __name__ == "__main__":
