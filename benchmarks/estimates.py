@@ -93,7 +93,10 @@ def _span(estimates: list[float | None]) -> str:
     known = [value for value in estimates if value is not None]
     if not known:
         return "–"
-    return f"{mean(known):.2f} ({min(known):.2f} to {max(known):.2f})" if len(known) > 1 else f"{known[0]:.2f}"
+    # Adding 0.0 makes of a rounded −0.0 a zero.
+    rounded = (round(value, 2) + 0.0 for value in (mean(known), min(known), max(known)))
+    middle, least, greatest = (f"{value:.2f}".replace("-", "−") for value in rounded)
+    return f"{middle} ({least} to {greatest})" if len(known) > 1 else middle
 
 
 def main() -> None:
