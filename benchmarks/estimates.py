@@ -8,7 +8,8 @@
 
 Reads the bench's rows: files (`audit bench --keep`) or its folder `rows`. Bold is evidence by nominal thresholds,
 `none` an interval that excludes the threshold where known facts were seen. With `--histories`, a line a history: the
-mean over its organisms of all families and seeds (least to greatest), and in how many there was evidence.
+mean over its organisms of all families and seeds (least to greatest), and in how many there was evidence; of a single
+organism its interval.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _cell(finding: Finding | None, controls: bool, levels: bool) -> str:
     if levels:
         return "–" if finding.level is None else f"{finding.level:.2f}"
     lo, hi = finding.ci95
-    text = f"{finding.estimate:.2f} [{lo:.2f}, {hi:.2f}]" if lo is not None and hi is not None else "–"
+    text = f"{_number(finding.estimate)} [{_number(lo)}, {_number(hi)}]" if lo is not None and hi is not None else "–"
     if finding.verdict == Outcome.EVIDENCE:
         text = f"**{text}**"
     elif finding.verdict == Outcome.NONE:
@@ -84,6 +85,8 @@ def histories(rows: list[Row], named: list[str], wanted: list[str], control: str
 
 
 def _spread(found: list[Finding]) -> str:
+    if len(found) == 1:
+        return _cell(found[0], False, False)
     text = _span([finding.estimate for finding in found])
     evidence = sum(finding.verdict == Outcome.EVIDENCE for finding in found)
     return f"{text}, **{evidence} of {len(found)}**" if evidence else text
@@ -93,10 +96,12 @@ def _span(estimates: list[float | None]) -> str:
     known = [value for value in estimates if value is not None]
     if not known:
         return "–"
-    # Adding 0.0 makes of a rounded −0.0 a zero.
-    rounded = (round(value, 2) + 0.0 for value in (mean(known), min(known), max(known)))
-    middle, least, greatest = (f"{value:.2f}".replace("-", "−") for value in rounded)
+    middle, least, greatest = map(_number, (mean(known), min(known), max(known)))
     return f"{middle} ({least} to {greatest})" if len(known) > 1 else middle
+
+
+def _number(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")  # adding 0.0 makes of a rounded −0.0 a zero
 
 
 def main() -> None:
