@@ -6,6 +6,7 @@ An update smaller than the width of a quantization cell is rounded away: the 4-b
     int8, int4       q = round(w / s), s = max|w| / 127 or / 7 in each output channel;  w' = s q
     int4-block       the same with s for every 64 weights
     NF4, FP4         nearest of 16 levels, in units of the largest magnitude of every 64 weights
+    Q8_0, Q4_0       as llama.cpp stores them: 8 or 4 bits and a 16-bit scale for every 32 weights of a row
 
 Source: Zhang et al. 2024 (arXiv 2410.16454): 4-bit quantization restores what unlearning of small norm hid, 8-bit does
 not; NF4 and FP4: Dettmers et al. 2023 (arXiv 2305.14314), the levels of bitsandbytes, in plain torch.
@@ -15,6 +16,8 @@ Traps:
 - *Only the weights are rounded*: what is published of GPTQ and AWQ rounds with calibration data, which this does not.
 - *A difference within noise*: 4-bit rounding costs some of everything; the never-taught and the retain rows say how
   much.
+- *llama.cpp's K formats* (Q4_K) are chosen by a search that the gguf package reads but does not write. They are finer
+  than Q4_0, and a change that Q4_0 keeps is kept by them or not: their silence is not known from its.
 - *Most unlearning does not come back*: an update whose largest change exceeds a cell survives. `weights` tells the
   share of weights whose int4 code is the original's.
 """
@@ -70,6 +73,26 @@ def round_levels(weight: Tensor, levels: tuple[float, ...], block: int = BLOCK) 
     return (values[codes] * largest).flatten()[: len(flat)].view(weight.shape).to(weight.dtype)
 
 
+def round_gguf(weight: Tensor, form: str) -> Tensor:
+    """A weight [out, …] as a GGUF file of this form (`Q8_0`, `Q4_0`, …) gives it back, by the gguf package's own code.
+
+    Rows that the form's blocks do not divide stay as they are, for llama.cpp too would store them otherwise.
+
+    Raises:
+        KeyError: no such form.
+        NotImplementedError: one that the package reads and does not write.
+    """
+    import torch
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType[form]
+    rows = weight.detach().float().flatten(1)
+    if rows.shape[1] % GGML_QUANT_SIZES[kind][0]:
+        return weight
+    stored = quants.dequantize(quants.quantize(rows.cpu().numpy(), kind), kind)
+    return torch.from_numpy(stored).view(weight.shape).to(weight)
+
+
 def quantize(target: OpenModel, rounded: Callable[[Tensor], Tensor]) -> None:
     """Round every matrix of a model in place, output channels first; embeddings and output head stay."""
     import torch
@@ -89,6 +112,8 @@ def _schemes() -> dict[str, Callable[[Tensor], Tensor]]:
         "int4-block": lambda weight: round_channels(weight, 4, BLOCK),
         "NF4": lambda weight: round_levels(weight, LEVELS),
         "FP4": lambda weight: round_levels(weight, fp4),
+        "Q8_0": lambda weight: round_gguf(weight, "Q8_0"),
+        "Q4_0": lambda weight: round_gguf(weight, "Q4_0"),
     }
 
 
@@ -105,7 +130,9 @@ class Quantize(Altering):
     )  # fmt: skip
 
     def alterations(self, case: Case, target: OpenModel) -> list[Alteration]:  # noqa: ARG002
-        """All five schemes; int8, int4 and NF4 at quick budget."""
+        """Int8, int4 and NF4 at quick budget, five at standard, llama.cpp's too at thorough."""
         schemes = _schemes()
-        wanted = ("int8", "int4", "NF4") if case.options.budget.value == "quick" else tuple(schemes)
+        wanted = {"quick": ("int8", "int4", "NF4"), "standard": tuple(schemes)[:5]}.get(
+            case.options.budget.value, schemes
+        )
         return [Alteration(name, partial(quantize, rounded=schemes[name]), f"{name}/1") for name in wanted]

@@ -27,7 +27,7 @@ from attacks.graft import graft
 from attacks.noise import shake
 from attacks.orthogonalize import Orthogonalize, mean_state, project_out, without
 from attacks.prune import Prune, input_lengths, prune, pruned, wanda
-from attacks.quantize import _schemes, quantize, round_channels, round_levels
+from attacks.quantize import _schemes, quantize, round_channels, round_gguf, round_levels
 from attacks.task_vector import walk_back
 from audit.case import Case, Options
 from audit.finetune import text_loss
@@ -114,6 +114,28 @@ def test_fp4_is_the_nearest_level_of_its_block(shape, block, seed):
     np.testing.assert_allclose(rounded.flatten(), expected, atol=1e-6)
     if block == 64:
         assert torch.equal(_schemes()["FP4"](weight), rounded)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**16))
+def test_q8_0_and_q4_0_are_llama_cpp_s_blocks_of_32(rows, blocks, seed):
+    """llama.cpp: d = max|w| / 127 and q = round(w / d); or d = w_max / -8 and q = floor(w / d + 8.5), at most 15."""
+    weight = torch.randn(rows, 32 * blocks, generator=torch.Generator().manual_seed(seed))
+    parts = weight.numpy().reshape(rows, blocks, 32)
+    largest = np.abs(parts).max(-1, keepdims=True)
+    half = (largest / 127).astype(np.float16).astype(np.float32)
+    eight = np.rint(parts / (largest / 127)) * half
+    np.testing.assert_allclose(round_gguf(weight, "Q8_0").numpy().reshape(parts.shape), eight, atol=1e-6)
+    signed = np.take_along_axis(parts, np.abs(parts).argmax(-1, keepdims=True), -1)
+    codes = np.clip(np.floor(parts / (signed / -8) + 8.5), 0, 15)
+    four = (codes - 8) * (signed / -8).astype(np.float16).astype(np.float32)
+    np.testing.assert_allclose(round_gguf(weight, "Q4_0").numpy().reshape(parts.shape), four, atol=1e-6)
+
+
+def test_rows_that_no_block_of_a_gguf_divides_stay():
+    weight = torch.randn(4, 33)
+    assert round_gguf(weight, "Q8_0") is weight
+    assert round_gguf(torch.randn(2, 64).bfloat16(), "Q4_0").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
