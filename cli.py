@@ -44,6 +44,8 @@ app.command()(verify)
 app.command()(note)
 app.command()(keygen)
 
+_INTERRUPTED = 130
+
 OptionalPath = Path | None
 SetOption = Annotated[
     str | None,
@@ -60,11 +62,13 @@ def main() -> None:
         # Outside its standalone mode Typer returns the code of a `typer.Exit` instead of leaving with it.
         code = app(standalone_mode=False) or 0
         sys.stdout.flush()  # here, where a full disk is an error like any other
+        if code == _INTERRUPTED:  # Typer makes this of Ctrl-C
+            raise KeyboardInterrupt
         sys.exit(code)
     except AuditError as error:
         _fail(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; what was captured is kept, the same command goes on from there", 130)
+        _fail("interrupted; what was captured is kept, the same command goes on from there", _INTERRUPTED)
     except MemoryError:
         _fail("out of memory; what was captured is kept, the same command goes on from there", 4)
     except OSError as error:

@@ -11,7 +11,7 @@ import fcntl
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -54,20 +54,22 @@ def _locked(folder: Path) -> TextIO:
     while True:
         # Not through a link: what it leads to would be overwritten.
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "r+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with file:
+        with ExitStack() as unless_locked:
+            unless_locked.callback(file.close)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 holder = file.read(200) or "another process"
-            raise BadInput(f"{folder}: in use by {holder}, another scan: wait for it, or name another --out") from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                file.close()
-                raise
-        with suppress(FileNotFoundError):  # or the holder before took the name away after it was opened here
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {platform.node()}")
-                file.flush()
-                return file
-        file.close()
+                raise BadInput(
+                    f"{folder}: in use by {holder}, another scan: wait for it, or name another --out"
+                ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            with suppress(FileNotFoundError):  # or the holder before took the name away after it was opened here
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {platform.node()}")
+                    file.flush()
+                    unless_locked.pop_all()
+                    return file

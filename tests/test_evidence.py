@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audit.errors import Damaged, Unwritable
+from audit.errors import Unwritable
 from audit.evidence import Evidence, Store, context_of
 from audit.plan import Generate, Request
 from audit.quantities import MOMENTS, TOKEN, Quantity, hidden, top_k
