@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from benchmarks.capture import bridge, capture
-from benchmarks.faults import faults
+from benchmarks.faults import faults, numerics
 from benchmarks.memory import memory
 from benchmarks.remind import remind
 from benchmarks.scan import scan
@@ -35,6 +35,7 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Line]]] = {
     "streaming": streaming,
     "memory": memory,
     "faults": faults,
+    "numerics": numerics,
 }
 
 

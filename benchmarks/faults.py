@@ -1,11 +1,11 @@
-"""Faults: a scan that was killed, starved of room, or whose evidence was damaged must end in the undisturbed record;
-and one with other batches or threads must find the same.
+"""Faults: a scan that was killed, starved of room, or whose evidence was damaged must end in the undisturbed record.
+And numerics: one with other batches or threads must find the same.
 
 Each scan runs in a forked process, so that a kill is a kill, and a moment is drawn from the scan's own time: the
 imports, in which nothing can be lost, are made before. Records are compared without times and costs, evidence by the
 digests of all its files.
 
-    python -m benchmarks faults
+    python -m benchmarks faults numerics
 """
 
 from __future__ import annotations
@@ -51,20 +51,32 @@ def faults(settings: Settings) -> Iterator[Line]:
     """Shares of faults after which record and evidence equal the undisturbed ones."""
     folder, work = demo_folder(settings.work), settings.work / "faults"
     shutil.rmtree(work, ignore_errors=True)
-    sets = {name: SetSpec(folder / "data" / f"{name}.jsonl") for name in ("forget", "retain", "holdout")}
+    sets = {name: SetSpec(folder / "data" / f"{name}.jsonl", limit=60) for name in ("forget", "retain", "holdout")}
     options = Options.parse({"budget": "quick", "template": "plain", "only": INSTRUMENTS, "device": "cpu"}, "faults")
     case = Case.build({"target": folder / "models" / "unlearned"}, sets, options, "faults")
+    _warm_up(case, work / "warm")
     expected = undisturbed(case, work / "undisturbed")
     many, some, few = (5, 3, 2) if settings.small else (100, 30, 10)
-    yield _line("kill -9 at a random moment, then again to the end", kills(case, expected, work, many))
+    lay: list[int] = []
+    line = _line("kill -9 at a random moment, then again to the end", kills(case, expected, work, many, lay))
+    there = f"{min(lay)} to {max(lay)} (median {np.median(lay):g}) of {len(expected.files)} files of evidence lay there"
+    yield replace(line, detail=f"{line.detail}; scan of {expected.seconds:.1f} s; {there}")
     yield _line("a bit flipped in evidence, then again", damages(case, expected, work, some, flip))
     yield _line("a file of evidence cut short, then again", damages(case, expected, work, few, cut))
     yield _line("a bit flipped in every file while a scan runs", damages_under_way(case, expected, work, few))
     yield _line("two scans at once that share evidence", shared(case, expected, work, few))
     yield _line("another process, with another hash seed", other_processes(case, expected, work, 1 if few < 3 else 3))
     yield _line("disk full, then with room", full_disks(case, expected, work, few))
-    whole = replace(demo_case(settings.work, "quick"), options=options) if settings.small else demo_case(settings.work)
-    yield from numerics(whole, work)
+
+
+def _warm_up(case: Case, out: Path) -> None:
+    """Scan here: what is imported on the way need not be imported again by every process forked."""
+    import torch
+
+    from audit.scan import scan
+
+    torch.set_num_threads(1)
+    scan(case, out)
 
 
 def _line(measured: str, outcomes: Iterator[str]) -> Line:
@@ -143,8 +155,12 @@ def differs(out: Path, expected: Undisturbed, evidence: Path | None = None, *, d
 # --- numerics -----------------------------------------------------------------------------------------------
 
 
-def numerics(case: Case, work: Path) -> Iterator[Line]:
-    """Per setting: the largest change of an estimate, over the noise that its own record measured."""
+def numerics(settings: Settings) -> Iterator[Line]:
+    """Per setting: the largest change of an estimate, over the noise that the records measured themselves."""
+    case, work = demo_case(settings.work, "quick"), settings.work / "numerics"
+    if settings.small:
+        case = replace(case, options=replace(case.options, only=tuple(INSTRUMENTS.split(","))))
+    shutil.rmtree(work, ignore_errors=True)
     _whole(case, work / "usual", prepare=partial(batched, 4096, 1))
     usual = Record.read(work / "usual")
     for tokens, threads in ((512, 1), (64, 1), (4096, 2)):
@@ -193,8 +209,8 @@ def compared(one: Record, other: Record) -> tuple[dict[str, float], list[str]]:
 # --- the faults ---------------------------------------------------------------------------------------------
 
 
-def kills(case: Case, expected: Undisturbed, work: Path, count: int) -> Iterator[str]:
-    """Kill a scan at moments drawn evenly over its time, and let another go on."""
+def kills(case: Case, expected: Undisturbed, work: Path, count: int, lay: list[int]) -> Iterator[str]:
+    """Kill a scan at moments drawn evenly over its time, and let another go on; `lay` is told how far each had come."""
     draw, out = np.random.default_rng(SEED), work / "killed"
     done = 0
     while done < count:
@@ -204,6 +220,7 @@ def kills(case: Case, expected: Undisturbed, work: Path, count: int) -> Iterator
         os.kill(process, signal.SIGKILL)
         if os.waitpid(process, 0)[1] == 0:
             continue  # it was quicker than the one that was timed
+        lay.append(sum(name in expected.files for name in contents(out / "evidence")))
         _whole(case, out)
         done += 1
         yield differs(out, expected)

@@ -56,7 +56,10 @@ def expected() -> Undisturbed:
 
 
 def test_killed_at_any_moment_it_ends_in_the_same_record():
-    assert list(faults.kills(case(), expected(), work(), 3)) == [""] * 3
+    lay: list[int] = []
+    assert list(faults.kills(case(), expected(), work(), 3, lay)) == [""] * 3
+    assert len(lay) == 3
+    assert max(lay) <= len(expected().files)
 
 
 @pytest.mark.parametrize(("damage", "count"), [(flip, 3), (cut, 1)])
