@@ -17,7 +17,7 @@ import typer
 
 from audit.bench.commands import bench, calibrate, organisms
 from audit.errors import AuditError, Incomplete
-from audit.terminal import bars, stages
+from audit.terminal import bars, interruptible, stages
 from audit.terminal import err as _err
 from audit.terminal import out as _out
 from reports.commands import check, diff, keygen, note, sign, verify
@@ -44,6 +44,8 @@ app.command()(verify)
 app.command()(note)
 app.command()(keygen)
 
+_INTERRUPTED = 130
+
 OptionalPath = Path | None
 SetOption = Annotated[
     str | None,
@@ -58,11 +60,19 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         # Outside its standalone mode Typer returns the code of a `typer.Exit` instead of leaving with it.
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        sys.stdout.flush()  # here, where a full disk is an error like any other
+        if code == _INTERRUPTED:  # Typer makes this of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
     except AuditError as error:
         _fail(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; what was captured is kept, the same command goes on from there", 130)
+        _fail("interrupted; what was captured is kept, the same command goes on from there", _INTERRUPTED)
+    except MemoryError:
+        _fail("out of memory; what was captured is kept, the same command goes on from there", 4)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 4)
     except Exception as error:  # Typer and Click signal bad usage by exceptions of their own
         exit_code = getattr(error, "exit_code", None)
         if exit_code is None:
@@ -241,7 +251,7 @@ def _scan_and_report(case: Case, out: Path, *, show: bool, spike: bool, profile:
 
     profiles = None if profile is None else [read_profile(profile)]
     command = shlex.join(["audit", *sys.argv[1:]])
-    with bars() as progress:
+    with interruptible(), bars() as progress:
         record = run_scan(case, out, progress=progress, command=command, profiles=profiles)
         if spike:
             from audit.spike import spike_in

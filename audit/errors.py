@@ -37,3 +37,11 @@ class Incomplete(AuditError):
     """A scan that ended without all that it set out to measure: exit 4."""
 
     exit_code = 4
+
+
+class Unwritable(Incomplete):
+    """A file that cannot be written, for want of space or of rights: exit 4."""
+
+
+class Damaged(Incomplete):
+    """Evidence that is no longer what was written: it is set aside, and a scan captures it again."""

@@ -1,8 +1,9 @@
 """Evidence: captures on disk, found again by their content.
 
 A block holds the rows of one batch. It is written to a temporary name and renamed, so that a killed scan leaves
-whole blocks only; the next one finds them and runs what is missing. A block's name is the SHA-256 of its bytes:
-one that does not match was damaged, and is set aside and computed again.
+whole blocks only; the next one finds them and runs what is missing. A block's name is the SHA-256 of its bytes, and
+a note holds that of what it notes: one that does not match was damaged, and is set aside and computed again. This is
+looked at whenever a file is read, not only when it is first found.
 
 Blocks lie in a folder per context: model digest, dtype, device type and library versions. Nothing captured from
 one model, or under one set of numerics, is ever served for another.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load, save
 
+from audit.errors import Damaged, Incomplete, Unwritable
 from audit.plan import AnyRequest, Patched, Request
 from audit.quantities import Quantity
 from audit.record import write_atomically
@@ -62,7 +64,7 @@ class Store:
         self._held = 0
         self._context = dict(context)
         for path in sorted(self.folder.glob("*.safetensors")):
-            self._index(path, path.read_bytes())
+            self._index(path)
 
     def knows(self, tokens: Tokens, quantity: Quantity) -> bool:
         """Is this quantity recorded for this sequence, from `tokens.start` on or earlier?"""
@@ -117,10 +119,11 @@ class Store:
     def _read(self, place: Place, quantity: str, skip: int) -> Arrays:
         block = self._cache.get(place.block)
         if block is None:
-            block = self._cache[place.block] = {}
-            for name, array in load(place.block.read_bytes()).items():
+            block = {}
+            for name, array in load(self._sound(place.block)).items():
                 of, _, key = name.rpartition("/")
                 block.setdefault(of, {})[key] = array
+            self._cache[place.block] = block
             self._held += _size(block)
             while self._held > _MOST_IN_MEMORY and len(self._cache) > 1:
                 self._held -= _size(self._cache.popitem(last=False)[1])
@@ -137,22 +140,46 @@ class Store:
         index = {name: rows for name, (rows, _) in quantities.items()}
         # One entry: safetensors writes several in random order, and the block's name is the digest of its bytes.
         data = save(arrays, {"block": json.dumps({"context": self._context, "rows": index}, sort_keys=True)})
-        path = self.folder / f"{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
+        path = self.folder / f"{_digest(data)}.safetensors"
         write_atomically(path, data, sync=False)
         self._place(path, index)
 
-    def _index(self, path: Path, data: bytes) -> None:
-        if hashlib.sha256(data).hexdigest()[:32] != path.stem:
-            self.damaged.append(path.name)
-            path.rename(path.with_suffix(".damaged"))
+    def _sound(self, path: Path) -> bytes:
+        """The bytes of an indexed block, if they still are what was written."""
+        data = _bytes(path)
+        if data is not None and _digest(data) == path.stem:
+            return data
+        self._set_aside(path)
+        self._places = {what: place for what, place in self._places.items() if place.block != path}
+        raise Damaged(f"{path}: {'gone' if data is None else 'damaged'} since it was written; scan again to replace it")
+
+    def _index(self, path: Path) -> None:
+        data = _bytes(path)
+        if data is None:  # another scan that shares this folder found it damaged
             return
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        block = json.loads(header["__metadata__"]["block"])
-        if block["context"] != self._context:  # another model's block, carried here
-            self.damaged.append(path.name)
-            path.rename(path.with_suffix(".damaged"))
-            return
-        self._place(path, block["rows"])
+        rows = self._rows(data) if _digest(data) == path.stem else None
+        if rows is None:
+            self._set_aside(path)
+        else:
+            self._place(path, rows)
+
+    def _rows(self, data: bytes) -> Mapping[str, Iterable[tuple[str, int, int]]] | None:
+        """What a block says that it holds; None if it is another model's, carried here, or none of ours."""
+        try:
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            block = json.loads(header["__metadata__"]["block"])
+            return block["rows"] if block["context"] == self._context else None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def _set_aside(self, path: Path) -> None:
+        self.damaged.append(path.name)
+        try:
+            path.replace(path.with_suffix(".damaged"))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise Unwritable(f"{path}: damaged, and cannot be set aside: {error.strerror}") from None
 
     def _place(self, path: Path, index: Mapping[str, Iterable[tuple[str, int, int]]]) -> None:
         """Note where the rows of a block lie."""
@@ -178,15 +205,45 @@ class Store:
         self.remember(name, value)
 
     def recall(self, name: str) -> Any:
-        """What was noted about this context under a name, as JSON has it; None if nothing readable was."""
+        """What was noted about this context under a name, as JSON has it; None if nothing was, or it was damaged."""
+        path = self.folder / f"{name}.json"
         try:
-            return json.loads((self.folder / f"{name}.json").read_bytes())
-        except (OSError, ValueError):
+            data = path.read_bytes()
+        except OSError:
             return None
+        try:
+            value = json.loads(data)["value"]
+            if data == self._noted(name, value):
+                return value
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        self._set_aside(path)
+        return None
 
     def remember(self, name: str, value: Any) -> None:
         """Note anything that JSON can hold."""
-        write_atomically(self.folder / f"{name}.json", json.dumps(value, allow_nan=False).encode(), sync=False)
+        write_atomically(self.folder / f"{name}.json", self._noted(name, value), sync=False)
+
+    def _noted(self, name: str, value: Any) -> bytes:
+        """A note's file. Equal notes are equal bytes, so that any other byte is damage."""
+        said = json.dumps([self.digest, name, value], sort_keys=True, allow_nan=False)
+        note = {"sha256": hashlib.sha256(said.encode()).hexdigest(), "value": value}
+        return json.dumps(note, sort_keys=True, allow_nan=False).encode()
+
+
+def _bytes(path: Path) -> bytes | None:
+    """The content of a file; None if there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Incomplete(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _digest(data: bytes) -> str:
+    """The name of a block of these bytes."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def _size(block: dict[str, Arrays]) -> int:

@@ -10,15 +10,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from audit.errors import BadInput
+from audit.errors import BadInput, Unwritable
 
 SCHEMA_VERSION = "1.0"
+
+INTERRUPTED = "interrupted: the same command goes on from here"
+"""The reason, and the limit, in the record of a scan that was broken off."""
 
 
 class Question(StrEnum):
@@ -436,15 +441,34 @@ def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Write `data` beside `path`, then rename it into place.
 
     `sync` flushes it to disk first. Without, a killed process still leaves no half file; only a power cut can.
+
+    Raises:
+        Unwritable: no space, no rights. What was there before is there still.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
+    # Of this writer alone: others may write the same, in other processes and on other machines.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:  # an interruption too
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+    except OSError as error:
+        raise Unwritable(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what writers of such files left when they were killed. Only where no other writer is at work."""
+    for left in folder.glob(f".{name}.*-????????.tmp"):
+        with suppress(OSError):
+            left.unlink()
 
 
 def json_schema() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 One model is in memory at a time. For each role, the instruments say what they need of it, the plan merges that,
 and the engine runs what the evidence store does not hold yet; attacks then alter the model and ask again. Only
 when all evidence lies on disk are findings computed. A killed scan starts again at the first missing batch, with
-the same batches, and ends in the same record.
+the same batches, and ends in the same record; so does one whose evidence is found damaged, at what is left of it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,12 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from audit.case import Case
-from audit.errors import AuditError, BadInput, Incomplete
+from audit.errors import AuditError, BadInput, Damaged, Incomplete
+from audit.holding import held
 from audit.instrument import Access, Attack, Broken, Instrument, select
 from audit.inventory import Inventory, sees_images, take_inventory
 from audit.profile import Domain, Profile, fitting, shipped
 from audit.progress import SILENT, Progress
 from audit.record import (
+    INTERRUPTED,
     CaseEntry,
     Cost,
     Environment,
@@ -40,6 +43,7 @@ from audit.record import (
     Record,
     SetEntry,
     Tool,
+    sweep,
     write_atomically,
 )
 from audit.verdict import KNOWLEDGE, conclude, judge
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
 _NOISE_SAMPLE = 8
 _MOST_EXAMPLES = 400
 _MOST_IMAGES = 60
+_MOST_RESTARTS = 3
 
 
 @dataclass
@@ -68,6 +73,7 @@ class _Run:
     limits: list[str] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
     inventories: dict[str, Inventory] = field(default_factory=dict)
+    stores: dict[tuple[str, str], Store] = field(default_factory=dict)
 
     def drop(self, instrument: Instrument, error: Exception) -> None:
         """Take a failed instrument out of the scan: a row in `not_run`, never an absence."""
@@ -112,24 +118,76 @@ def scan(
     Models are opened by `open_target(role, inventory, device=..., dtype=..., template=...)`; if not given, as the
     language models or image classifiers that they are: nothing else in a folder can make it another.
 
+    Interrupted (Ctrl-C), it leaves a record without findings that says so, unless one with findings lies there.
+
     Raises:
         Refused: a model folder is unsafe or not whole.
-        BadInput: the case cannot be audited as given.
-        Incomplete: a pass through a model failed.
+        BadInput: the case cannot be audited as given, or another scan is at work in `out`.
+        Incomplete: a pass through a model failed, or what it gave cannot be written.
     """
     began = time.monotonic()
-    inventories = take_inventories(case, progress)
-    for inventory in inventories.values():
-        if sees_images(inventory.architecture) != (case.modality == "image"):
-            held = "images" if case.modality == "image" else "no images"
-            raise BadInput(f"{inventory.root}: {inventory.architecture} does not fit the sets, which hold {held}")
-    run = _Run(case, evidence_folder or out / "evidence", progress, *_choose(case))
-    run.limits += _limits(case)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "case.toml", case.to_toml().encode())
-    evidence = _capture_all(run, inventories, open_target)
-    findings, examples = _measure_all(run, evidence)
-    models = {role: inventory.to_entry(case.models[role].name) for role, inventory in inventories.items()}
+    with held(out):
+        inventories = take_inventories(case, progress)
+        for inventory in inventories.values():
+            if sees_images(inventory.architecture) != (case.modality == "image"):
+                held_by_sets = "images" if case.modality == "image" else "no images"
+                raise BadInput(
+                    f"{inventory.root}: {inventory.architecture} does not fit the sets, which hold {held_by_sets}"
+                )
+        _sweep(out, evidence_folder)
+
+        def begin() -> _Run:
+            run = _Run(case, evidence_folder or out / "evidence", progress, *_choose(case))
+            run.limits += _limits(case)
+            run.inventories = inventories
+            return run
+
+        try:
+            run, evidence, findings, examples = _gather(begin, open_target)
+            record = _conclude(run, evidence, findings, examples, command, profiles, began)
+        except KeyboardInterrupt:
+            if not _stands(out):
+                _keep(_interrupted(begin(), command, began), case, out)
+            raise
+        _keep(record, case, out)
+    return record
+
+
+def _gather(
+    begin: Callable[[], _Run], open_target: Callable[..., OpenModel] | None
+) -> tuple[_Run, Evidence, list[Finding], list[ExampleRow]]:
+    """Capture and measure; where evidence is found damaged after all, begin again with what is left of it."""
+    damaged: Counter[str] = Counter()
+    for left in reversed(range(_MOST_RESTARTS + 1)):
+        run = begin()
+        try:
+            evidence = _capture_all(run, run.inventories, open_target)
+            findings, examples = _measure_all(run, evidence)
+            break
+        except Damaged:
+            if not left:
+                raise
+        finally:
+            damaged.update(role for (role, _), store in run.stores.items() for _ in store.damaged)
+    run.limits += [
+        f"evidence of {role}: {count} damaged {'file' if count == 1 else 'files'} set aside, computed again"
+        for role, count in damaged.items()
+    ]
+    return run, evidence, findings, examples
+
+
+def _conclude(
+    run: _Run,
+    evidence: Evidence,
+    findings: list[Finding],
+    examples: list[ExampleRow],
+    command: str,
+    profiles: Sequence[Profile] | None,
+    began: float,
+) -> Record:
+    """The record of what was measured, or of what was not."""
+    case = run.case
+    models = {role: inventory.to_entry(case.models[role].name) for role, inventory in run.inventories.items()}
     profile, misfits = fitting(_domain(case, findings, models), shipped() if profiles is None else profiles)
     if profile is not None and (unmeasured := profile.unmeasured(findings)):
         named = ", ".join(unmeasured)
@@ -137,7 +195,7 @@ def scan(
     judged = judge(findings if profile is None else profile.applied(findings))
     run.cost.seconds = time.monotonic() - began
     run.cost.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    record = Record(
+    return Record(
         tool=Tool(version=version("palimpsest-audit"), command=command),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         case=_case_entry(case),
@@ -149,8 +207,45 @@ def scan(
         examples=examples,
         cost=run.cost,
     )
+
+
+def _interrupted(run: _Run, command: str, began: float) -> Record:
+    """The record of a scan that was broken off: every instrument of it a row that says so, and no finding.
+
+    What was captured answers questions only once all of it is there: a finding of half the models, or of half an
+    attack's stages, would not be the finding that the scan was asked for.
+    """
+    from audit.evidence import Evidence
+
+    run.not_run += [
+        NotRun(instrument=i.name, question=i.question, reason=INTERRUPTED, failed=True) for i in run.instruments
+    ]
+    run.limits.insert(0, INTERRUPTED)
+    return _conclude(run, Evidence(), [], [], command, [], began)
+
+
+def _stands(out: Path) -> bool:
+    """Is there a record that an interrupted scan must not take the place of?"""
+    try:
+        record = Record.read(out)
+    except BadInput:
+        return False
+    return INTERRUPTED not in record.verdict.limits
+
+
+def _keep(record: Record, case: Case, out: Path) -> None:
+    """Write the record and its case: together, so that the one in `out` is always the case of the other."""
+    write_atomically(out / "case.toml", case.to_toml().encode())
     record.write(out / "record.json")
-    return record
+
+
+def _sweep(out: Path, evidence_folder: Path | None) -> None:
+    """Remove what scans left half-written when they were killed; not where others may be at work."""
+    for name in ("record.json", "case.toml", "report.html"):
+        sweep(out, name)
+    if evidence_folder is None:
+        for store in (out / "evidence").glob("*"):
+            sweep(store)
 
 
 def _choose(case: Case) -> tuple[list[Instrument], list[NotRun]]:
@@ -253,6 +348,8 @@ def _capture(run: _Run, target: OpenModel, evidence: Evidence, instruments: Sequ
                     raise ValueError(f"request {request.name!r} is another instrument's, for other sequences")
             compared = {r.name: _compare(run, target, store, r) for r in wanted if isinstance(r, Weights)}
             asked |= {request.name: request for request in wanted}
+        except Incomplete:
+            raise
         except Exception as error:  # one instrument's fault must not take the others' findings with it
             run.drop(instrument, error)
             continue
@@ -264,14 +361,12 @@ def _capture(run: _Run, target: OpenModel, evidence: Evidence, instruments: Sequ
         run.charge(instrument, time.monotonic() - began, tokens)
     if not requests and not patches:
         return
-    if store.damaged:
-        run.limits.append(f"evidence of {target.role}: {len(store.damaged)} damaged blocks set aside, computed again")
     engine = Engine(target)
     try:
         _run_scores(run, target, store, engine, [r for r in requests if isinstance(r, Request)])
         _run_generations(run, target, store, engine, [r for r in requests if isinstance(r, Generate)])
         requests += _run_patches(run, evidence, store, engine, patches)
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, MemoryError) as error:
         raise Incomplete(f"{target.inventory.root}: a pass failed: {type(error).__name__}: {error}") from error
     run.cost.forward_tokens += engine.forward_tokens
     evidence.register(target.role, store, requests)
@@ -291,7 +386,11 @@ def _store(run: _Run, target: OpenModel) -> Store:
     """Where the captures of a model lie."""
     from audit.evidence import Store, context_of
 
-    return Store(run.evidence_folder, context_of(target.digest, dtype=str(target.dtype), device=str(target.device)))
+    key = target.role, target.digest
+    if key not in run.stores:
+        context = context_of(target.digest, dtype=str(target.dtype), device=str(target.device))
+        run.stores[key] = Store(run.evidence_folder, context)
+    return run.stores[key]
 
 
 def _compare(run: _Run, target: OpenModel, store: Store, request: Weights) -> list[TensorRow]:
@@ -490,6 +589,8 @@ def _measure_all(run: _Run, evidence: Evidence) -> tuple[list[Finding], list[Exa
                 for row, values in instrument.examples(run.case, evidence).items():
                     drill.setdefault(row, {}).update(values)
                 findings += found
+            except Incomplete:
+                raise
             except Exception as error:
                 run.drop(instrument, error)
             run.charge(instrument, time.monotonic() - began)

@@ -34,11 +34,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from audit.case import Budget, Case, Options
 from audit.errors import AuditError, BadInput, Incomplete
+from audit.holding import held
 from audit.instrument import Access
 from audit.inventory import Inventory, take_inventory
 from audit.loaders import SetSpec
 from audit.progress import SILENT, Progress, Tick
 from audit.record import (
+    INTERRUPTED,
     InstrumentCost,
     Label,
     NotRun,
@@ -97,20 +99,25 @@ def spike_in(
     """
     began = time.monotonic()
     record = record.model_copy(deep=True)
-    try:
-        found, tokens = _control(case, out / "spike", progress, settings, profiles)
-    except Incomplete:
-        raise
-    except Exception as error:  # its fault must not take the audit's findings with it
-        reason = str(error) if isinstance(error, AuditError) else f"{type(error).__name__}: {error}"
-        record.not_run.append(NotRun(instrument=NAME, reason=reason, failed=not isinstance(error, AuditError)))
-        record.verdict.limits.append(f"the {NAME} did not run: {reason}")
-    else:
-        record.spike = found
-        record.verdict.limits.append(found.statement)
-        record.cost.by_instrument[NAME] = InstrumentCost(seconds=time.monotonic() - began, forward_tokens=tokens)
-    record.cost.seconds += time.monotonic() - began
-    record.write(out / "record.json")
+    with held(out):
+        try:
+            found, tokens = _control(case, out / "spike", progress, settings, profiles)
+        except Incomplete:
+            raise
+        except KeyboardInterrupt:
+            record.not_run.append(NotRun(instrument=NAME, reason=INTERRUPTED, failed=True))
+            record.write(out / "record.json")
+            raise
+        except Exception as error:  # its fault must not take the audit's findings with it
+            reason = str(error) if isinstance(error, AuditError) else f"{type(error).__name__}: {error}"
+            record.not_run.append(NotRun(instrument=NAME, reason=reason, failed=not isinstance(error, AuditError)))
+            record.verdict.limits.append(f"the {NAME} did not run: {reason}")
+        else:
+            record.spike = found
+            record.verdict.limits.append(found.statement)
+            record.cost.by_instrument[NAME] = InstrumentCost(seconds=time.monotonic() - began, forward_tokens=tokens)
+        record.cost.seconds += time.monotonic() - began
+        record.write(out / "record.json")
     return record
 
 

@@ -1,7 +1,8 @@
-"""What is shown while people wait: the two streams, and progress bars on the one for errors."""
+"""What people see and do while they wait: the two streams, progress bars on the one for errors, the wish to stop."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -64,3 +65,13 @@ def stages(progress: Progress) -> Any:
             context.__exit__(None, None, None)
 
     return show
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """While the block runs, a request to end (SIGTERM, as of a scheduler) is what Ctrl-C is."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -20,6 +20,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from benchmarks.capture import bridge, capture
+from benchmarks.faults import faults, numerics
 from benchmarks.memory import memory
 from benchmarks.remind import remind
 from benchmarks.scan import scan
@@ -33,6 +34,8 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Line]]] = {
     "remind": remind,
     "streaming": streaming,
     "memory": memory,
+    "faults": faults,
+    "numerics": numerics,
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from audit.errors import Unwritable
 from audit.evidence import Evidence, Store, context_of
 from audit.plan import Generate, Request
 from audit.quantities import MOMENTS, TOKEN, Quantity, hidden, top_k
@@ -183,7 +184,7 @@ def test_a_write_that_fails_leaves_no_block(tmp_path, monkeypatch):
     store, _ = filled(tmp_path, blocks=1)
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     tokens = Tokens((50, 51), 1)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(Unwritable, match=r"safetensors: cannot be written: disk full"):
         store.write([(tokens, values(tokens))])
     assert not store.knows(tokens, TOKEN)
     monkeypatch.undo()
