@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from audit.case import ROLES, Case, Options, parse_sets
 from audit.errors import BadInput
-from audit.instrument import select
+from audit.instrument import load
 from audit.loaders import SetSpec
 
 
@@ -161,7 +161,8 @@ def _plans(said: _File, name: str, path: Path) -> list[Plan]:
         if case.name in plans:
             raise BadInput(f"{path}: {where}: a second case of this name")
         options = Options.parse({**said.options, **case.options}, f"{path}: {where} options")
-        select(options.only, options.skip)  # an unknown instrument is named now, not once a job
+        for instrument in (*options.only, *options.skip):
+            load(instrument)  # an unknown one is named now, not once a job
         plans[case.name] = Plan(case.name, shared | parse_sets(case.sets, path, f"{where}: "), options)
     return list(plans.values())
 

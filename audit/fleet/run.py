@@ -205,12 +205,15 @@ def _gpus(ray: Any, fleet: Fleet) -> int:
 def _result(ray: Any, done: Any) -> dict[str, bytes] | Failure | None:
     try:
         result: dict[str, bytes] | Failure | None = ray.get(done)
-    except ray.exceptions.RayTaskError as error:
-        return Failure(f"{type(error.cause).__name__}: {error.cause}", Incomplete.exit_code)
-    except ray.exceptions.RayError as error:  # the worker died, or its node, however often it was tried
-        first = str(error).strip().partition("\n")[0]
-        return Failure(f"its worker died {_ATTEMPTS} times: {type(error).__name__}: {first}", Incomplete.exit_code)
+    except ray.exceptions.RayTaskError as error:  # a fault in the scan, which another attempt would only repeat
+        return Failure(_first_line(error.cause), Incomplete.exit_code)
+    except ray.exceptions.RayError as error:  # the worker died, or its node
+        return Failure(f"its worker died, on {_ATTEMPTS} attempts: {_first_line(error)}", Incomplete.exit_code)
     return result
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _clear(ray: Any, work: str) -> None:
