@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from audit.case import Case, Options, read_case
 from audit.errors import BadInput
 from audit.fleet.file import Fleet as Asked
 from audit.fleet.file import Job, read_fleet
-from audit.fleet.run import run
+from audit.fleet.run import _digest, run
 from audit.fleet.shelf import Failure, Shelf
 from audit.instrument import Access
 from audit.record import Label, Outcome, Question, Record, Side
@@ -122,6 +123,19 @@ def test_patterns_cases_and_what_a_case_adds(world):
     assert last.plan.options.access is Access.LOGPROBS
 
 
+def test_the_documented_file_is_read(tmp_path):
+    (text,) = re.findall(r"^```toml\n(.*?)^```$", (REPO / "docs/fleet.md").read_text(), re.MULTILINE | re.DOTALL)
+    for name in ("npo-a", "npo-b", "rmu-7b", "original", "rmu/checkpoint-2000"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    (tmp_path / "fleet.toml").write_text(text)
+    names = [job.name for job in read_fleet(tmp_path / "fleet.toml").jobs]
+    every = ["npo-a", "npo-b", "rmu-7b"]
+    assert names == [
+        *(f"authors/{name}" for name in (*every, "rmu, twice as long")),
+        *(f"events/{name}" for name in every),
+    ]
+
+
 MODEL = '[[models]]\ntarget = "models/a"\n'
 WRONG = {
     "not TOML": ("[[models", "not TOML"),
@@ -183,20 +197,21 @@ class _Plan:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Two workers of this machine, which stay warm from run to run."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Two workers of this machine, which stay warm from run to run; their home."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
     path = os.pathsep.join((str(REPO), str(REPO / "tests")))  # workers look for this module's functions, too
+    home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(PYTHONPATH=path, RAY_USAGE_STATS_ENABLED="0").items():
+        for name, value in environment(PYTHONPATH=path, RAY_USAGE_STATS_ENABLED="0", HOME=str(home)).items():
             patch.setenv(name, value)
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+        yield home
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def done(world: Path, cluster: None) -> Shelf:
+def done(world: Path, cluster: Path) -> Shelf:
     """The fleet run once, its results in memory."""
     shelf = Shelf("memory://first")
     fleet = read_fleet(write_fleet(world))
@@ -289,13 +304,26 @@ def test_a_refused_model_is_a_result_and_stops_no_other(world, cluster, tmp_path
     (broken / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     text = write_fleet(world).read_text().replace('"models/[abc]"', f'["models/a", "{tmp_path}/<*"]')
     fleet, shelf = read_fleet(write_fleet(world, text, "refused.toml")), Shelf("memory://refused")
-    heard = told(fleet, shelf, world)
+    heard = told(fleet, shelf, world, work=None)
     assert heard["three/a"] == "inconclusive"
     assert heard["three/<b>no"].startswith("failed: ")
     failure = shelf.get(fleet.jobs[1].folder)
     assert isinstance(failure, Failure)
     assert failure.exit_code == 3
     assert "pytorch_model.bin" in failure.reason
+    (evidence,) = (cluster / ".cache/palimpsest").iterdir()
+    assert list(evidence.rglob("*.safetensors")), "it may be mended, and the command given again"
+
+
+def test_evidence_is_removed_once_every_job_has_its_record(world, done, cluster):
+    fleet, shelf = read_fleet(write_fleet(world)), Shelf("memory://removed")
+    for name in MODELS:
+        shelf.write(f"three/{name}/record.json", done.read(f"three/{name}/record.json"))
+    own = cluster / ".cache/palimpsest" / f"fleet-{_digest([fleet.name, shelf.address])}"
+    own.mkdir(parents=True)
+    told(fleet, shelf, world, work=None)
+    assert not own.exists()
+    assert (world / "work").is_dir(), "what was asked for by name stays"
 
 
 def dies_once(record: Record, flag: Path) -> str:

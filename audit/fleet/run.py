@@ -83,8 +83,8 @@ def run(
             while todo and len(running) < (workers or len(fleet.jobs)):
                 job = todo.pop(0)
                 kept = _known(shelf, job, _case_of(job, shared[job.plan.name]))
-                work_folder, refers = work or own, cases[job.plan.name]
-                running[task.remote(refers, job, kept, dict(faces or {}), work_folder, command)] = job
+                begun = task.remote(cases[job.plan.name], job, kept, dict(faces or {}), work or own, command)
+                running[begun] = job
             (done, *_), _ = ray.wait(list(running))
             job = running.pop(done)
             result = _result(ray, done)
