@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
+import matplotlib
 import pytest
 from conftest import save_tiny, words_tokenizer
 from hypothesis import given, settings
@@ -32,7 +33,6 @@ from audit.fleet.shelf import Failure, Shelf
 from audit.instrument import Access
 from audit.record import Label, Outcome, Question, Record, Side
 from reports.fleet import Fleet, Measure, Row, outliers, render_csv, render_fleet
-from reports.html import render_html
 
 MODELS = ("a", "b", "c")
 
@@ -200,10 +200,12 @@ class _Plan:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Two workers of this machine, which stay warm from run to run; their home."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
-    path = os.pathsep.join((str(REPO), str(REPO / "tests")))  # workers look for this module's functions, too
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # or workers would import this file, and pytest
     home = tmp_path_factory.mktemp("home")
+    more = {"PYTHONPATH": str(REPO), "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(home)}
+    more |= {"MPLCONFIGDIR": matplotlib.get_configdir()}  # a new one would have all fonts looked at
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(PYTHONPATH=path, RAY_USAGE_STATS_ENABLED="0", HOME=str(home)).items():
+        for name, value in environment(**more).items():
             patch.setenv(name, value)
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         yield home
@@ -222,8 +224,7 @@ def done(world: Path, cluster: Path) -> Shelf:
 def told(fleet: Asked, shelf: Shelf, world: Path, **more: object) -> dict[str, str]:
     """Run, and what was said of each job."""
     heard: dict[str, str] = {}
-    faces = {"report.html": render_html}
-    options = {"work": str(world / "work"), "faces": faces} | more
+    options = {"work": str(world / "work")} | more
     run(fleet, shelf, told=lambda job, said: heard.update({job.name: said}), **options)  # type: ignore[arg-type]
     return heard
 
@@ -268,8 +269,7 @@ def test_what_is_there_is_not_run_again(world, done):
     fleet = read_fleet(write_fleet(world))
     shelf = Shelf("memory://resumed")
     for name in MODELS:
-        for file in ("record.json", "report.html", "case.toml"):
-            shelf.write(f"three/{name}/{file}", done.read(f"three/{name}/{file}"))
+        shelf.write(f"three/{name}/record.json", done.read(f"three/{name}/record.json"))
     record = record_of(done, "three/b")
     record.tool.version = "0.0.1"
     shelf.write("three/b/record.json", record.to_json().encode())
@@ -289,7 +289,7 @@ def test_a_model_that_changed_in_its_folder_is_audited_again(world, done, tmp_pa
     assert told(fleet, shelf, world) == {"three/a": "kept, its record is there"}, "the same bytes elsewhere"
     shutil.copy(world / "models/b/model.safetensors", tmp_path / "a")
     assert told(fleet, shelf, world) == {"three/a": "inconclusive"}
-    assert (tmp_path / "out/three/a/report.html").is_file()
+    assert (tmp_path / "out/three/a/case.toml").is_file()
     here, there = record_of(shelf, "three/a"), record_of(done, "three/b")
     assert weights_of(here) == weights_of(there) != weights_of(record_of(done, "three/a"))
 
@@ -298,21 +298,27 @@ def weights_of(record: Record) -> list[str]:
     return [file.sha256 for file in record.models["target"].files if file.path == "model.safetensors"]
 
 
-def test_a_refused_model_is_a_result_and_stops_no_other(world, cluster, tmp_path):
+def test_a_refused_model_is_a_result_and_stops_no_other(world, cluster, tmp_path, monkeypatch, capsys):
     broken = tmp_path / "<b>no"
     broken.mkdir()
     (broken / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     text = write_fleet(world).read_text().replace('"models/[abc]"', f'["models/a", "{tmp_path}/<*"]')
-    fleet, shelf = read_fleet(write_fleet(world, text, "refused.toml")), Shelf("memory://refused")
-    heard = told(fleet, shelf, world, work=None)
-    assert heard["three/a"] == "inconclusive"
-    assert heard["three/<b>no"].startswith("failed: ")
-    failure = shelf.get(fleet.jobs[1].folder)
+    path, out = write_fleet(world, text, "refused.toml"), tmp_path / "out"
+    assert audit_here(monkeypatch, "fleet", path, "--out", out) == 3
+    said = capsys.readouterr()
+    assert "/2 three/<b>no: failed: " in said.err
+    assert "/2 three/a: inconclusive" in said.err
+    assert "2 jobs: 1 inconclusive, 1 without a record" in said.out
+    assert (out / "three/a/report.html").read_text().startswith("<!doctype html>")
+    failure = Shelf(str(out)).get(read_fleet(path).jobs[1].folder)
     assert isinstance(failure, Failure)
     assert failure.exit_code == 3
     assert "pytorch_model.bin" in failure.reason
+    page = (out / "fleet.html").read_text()
+    assert "&lt;b&gt;no" in page
+    assert "<b>no" not in page
     (evidence,) = (cluster / ".cache/palimpsest").iterdir()
-    assert list(evidence.rglob("*.safetensors")), "it may be mended, and the command given again"
+    assert list(evidence.rglob("*.safetensors")), "the model may be mended, and the command given again"
 
 
 def test_evidence_is_removed_once_every_job_has_its_record(world, done, cluster):
@@ -343,11 +349,11 @@ def dies(record: Record) -> str:
 def test_the_job_of_a_killed_worker_is_done_by_another(world, done, tmp_path):
     fleet, shelf = read_fleet(write_fleet(world)), Shelf("memory://killed")
     faces = {"pids.txt": partial(dies_once, flag=tmp_path / "flag")}
-    assert told(fleet, shelf, world, faces=faces, work=str(tmp_path)) == {f"three/{n}": "inconclusive" for n in MODELS}
-    pids = {(shelf.read(f"three/{name}/pids.txt") or b"").decode() for name in MODELS}
-    killed = {pid.split()[0] for pid in pids}
-    assert killed == {(tmp_path / "flag").read_text()}
-    assert not killed & {pid.split()[1] for pid in pids}
+    assert told(fleet, shelf, world, faces=faces) == {f"three/{name}": "inconclusive" for name in MODELS}
+    pids = [(shelf.read(f"three/{name}/pids.txt") or b"").decode().split() for name in MODELS]
+    killed = (tmp_path / "flag").read_text()
+    assert {first for first, _ in pids} == {killed}
+    assert killed not in {last for _, last in pids}
     for name in MODELS:
         assert record_of(shelf, f"three/{name}").comparable() == record_of(done, f"three/{name}").comparable()
 
