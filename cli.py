@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,11 @@ from reports.commands import check, diff, keygen, note, sign, verify
 
 if TYPE_CHECKING:
     from audit.case import Case
-    from audit.record import Record
+    from audit.fleet.file import Job
+    from audit.fleet.shelf import Failure
+    from audit.progress import Tick
+    from audit.record import Outcome, Record
+    from reports.fleet import Row
 
 app = typer.Typer(
     name="audit",
@@ -208,17 +213,9 @@ def _audit(
     emit_policy: Path | None = None,
 ) -> None:
     """Scan, report, print, and leave with the exit code the result asks for."""
-    from audit.errors import BadInput
-    from audit.policy import check, emit, read_policy, write_policy
-    from audit.record import Outcome
+    from audit.policy import alarms, check, emit, read_policy, write_policy
 
-    alarms = {
-        "never": set(),
-        "evidence": {Outcome.EVIDENCE},
-        "inconclusive": {Outcome.EVIDENCE, Outcome.INCONCLUSIVE},
-    }
-    if fail_on not in alarms:
-        raise BadInput(f"--fail-on {fail_on!r} is none of {', '.join(alarms)}")
+    alarming = alarms(fail_on)
     rules = None if policy is None else read_policy(policy)
     record = _scan_and_report(case, out, show=not as_json, spike=spike, profile=profile)
     if as_json:
@@ -239,7 +236,7 @@ def _audit(
         raise Incomplete(
             f"incomplete: {', '.join(n.instrument for n in failed)} failed (reasons in {out / 'record.json'})"
         )
-    if rules is None and any(f.verdict in alarms[fail_on] for f in record.findings):
+    if rules is None and any(f.verdict in alarming for f in record.findings):
         raise typer.Exit(1)
 
 
@@ -264,6 +261,74 @@ def _scan_and_report(case: Case, out: Path, *, show: bool, spike: bool, profile:
         _out.print(summary(record))
         _out.print(f"report: {page.resolve()}", markup=False, highlight=False, soft_wrap=True)
     return record
+
+
+# --- fleet --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def fleet(
+    file: Annotated[Path, typer.Argument(metavar="FLEET.toml", help="which models on which cases")],
+    out: Annotated[str, typer.Option(help="where results go: a folder, or an address fsspec knows")] = "audit-fleet",
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="of a Ray cluster; else one of this machine alone")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="jobs at a time; else one a processor")] = None,
+    work: Annotated[str | None, typer.Option(help="folder on every node for evidence, to be kept")] = None,
+    only_report: Annotated[bool, typer.Option("--only-report", help="draw the page of what is there")] = False,
+    fail_on: Annotated[str, typer.Option(help="exit 1 at: evidence, inconclusive (or evidence), never")] = "evidence",
+) -> None:
+    """Audit many models on many cases, on Ray: a record each, and one page about all."""
+    from audit.fleet.file import read_fleet
+    from audit.fleet.shelf import Shelf
+    from audit.policy import alarms
+    from reports.fleet import FACES, Fleet
+
+    alarming, asked, shelf = alarms(fail_on), read_fleet(file), Shelf(out)
+    if not only_report:
+        from audit.fleet.run import run
+        from reports.html import render_html
+
+        faces, command = {"report.html": render_html}, shlex.join(["audit", *sys.argv[1:]])
+        with bars() as progress, progress.step(f"fleet of {len(asked.jobs)} jobs", len(asked.jobs)) as tick:
+            told = _job_told(len(asked.jobs), tick)
+            run(asked, shelf, told=told, faces=faces, address=address, workers=workers, work=work, command=command)
+    page = Fleet.of(asked.name, [_fleet_row(job, shelf.get(job.folder), alarming) for job in asked.jobs])
+    for name, face in FACES.items():
+        shelf.write(name, face(page).encode())
+    for line in (page.summary(), f"all of them: {out.rstrip('/')}/fleet.html"):
+        _out.print(line, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(page.exit_code)
+
+
+def _job_told(total: int, tick: Tick) -> Callable[[Job, str], None]:
+    """One line a job that is done."""
+    from reports.escape import one_line
+
+    done = 0
+
+    def told(job: Job, said: str) -> None:
+        nonlocal done
+        done += 1
+        _err.print(f"{done}/{total} {one_line(f'{job.name}: {said}', 300)}", markup=False, highlight=False)
+        tick(done)
+
+    return told
+
+
+def _fleet_row(job: Job, found: Record | Failure | None, alarming: frozenset[Outcome]) -> Row:
+    """A job as the page about all shows it, with the exit code that a scan by itself would have left with."""
+    from audit.record import Record
+    from reports.fleet import Row
+
+    place = {"case": job.plan.name, "model": job.model, "folder": job.folder}
+    if not isinstance(found, Record):
+        state, reason = ("failed", found.reason) if found else ("missing", "not run yet")
+        code = found.exit_code if found else Incomplete.exit_code
+        return Row(**place, state=state, reason=reason, exit_code=code)
+    crashed = any(row.failed for row in found.not_run)
+    code = Incomplete.exit_code if crashed else int(any(f.verdict in alarming for f in found.findings))
+    return Row.audited(**place, record=found, exit_code=code)
 
 
 # --- demo ---------------------------------------------------------------------------------------------------

@@ -231,16 +231,26 @@ def read_case(path: Path) -> tuple[str, dict[str, Path], dict[str, SetSpec], dic
         if role not in ROLES or not isinstance(value, str):
             raise BadInput(f"{path}: [models] {role} = {value!r}: a role is one of {', '.join(ROLES)}, a path a string")
         models[role] = path.parent / value
+    specs = parse_sets(raw.get("sets", {}), path)
+    return str(raw.get("name", "")), models, specs, dict(raw.get("options", {}))
+
+
+def parse_sets(raw: Mapping[str, Any], path: Path, where: str = "") -> dict[str, SetSpec]:
+    """The sets of a table of the file `path`, which lies `where` in it; paths are resolved against its folder.
+
+    Raises:
+        BadInput: an unknown set, or a specification that is none.
+    """
     specs: dict[str, SetSpec] = {}
-    for name, value in raw.get("sets", {}).items():
+    for name, value in raw.items():
         if name not in SETS:
-            raise BadInput(f"{path}: unknown set {name!r} (known: {', '.join(SETS)})")
+            raise BadInput(f"{path}: {where}unknown set {name!r} (known: {', '.join(SETS)})")
         try:
-            specs[name] = _spec(value, path, f"[sets] {name}")
+            specs[name] = _spec(value, path, f"{where}[sets] {name}")
         except BadInput as error:
             text = str(error)
-            raise BadInput(text if text.startswith(str(path)) else f"{path}: [sets] {name}: {text}") from None
-    return str(raw.get("name", "")), models, specs, dict(raw.get("options", {}))
+            raise BadInput(text if text.startswith(str(path)) else f"{path}: {where}[sets] {name}: {text}") from None
+    return specs
 
 
 def _spec(value: Any, path: Path, where: str) -> SetSpec:

@@ -11,10 +11,12 @@ one model, or under one set of numerics, is ever served for another.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -353,6 +355,21 @@ class Evidence:
         request = self._requests[role, name]
         assert isinstance(request, Request)
         return request.sequences
+
+
+@contextmanager
+def claimed(root: Path, digest: str) -> Iterator[None]:
+    """One process at a time captures a model into the evidence folder `root`; the next finds what it wrote.
+
+    So scans that share an original run it once, though they begin together. The lock is the system's, and goes with
+    the process that holds it, however that ends. On a file system without locks both capture, which is work done
+    twice and nothing worse: blocks are named by their content.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / f"{digest[:16]}.lock").open("ab") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def context_of(digest: str, *, dtype: str, device: str) -> dict[str, str]:

@@ -33,6 +33,18 @@ RESULT = "policy.json"
 """Beside the record: how it fared against a policy."""
 
 
+def alarms(fail_on: str) -> frozenset[Outcome]:
+    """The outcomes of a finding that make a complete audit end with exit code 1, by the value of `--fail-on`."""
+    known: dict[str, frozenset[Outcome]] = {
+        "never": frozenset(),
+        "evidence": frozenset({Outcome.EVIDENCE}),
+        "inconclusive": frozenset({Outcome.EVIDENCE, Outcome.INCONCLUSIVE}),
+    }
+    if fail_on not in known:
+        raise BadInput(f"--fail-on {fail_on!r} is none of {', '.join(known)}")
+    return known[fail_on]
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid")
 

@@ -405,36 +405,48 @@ class Record(_Model):
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """Read `record.json`, or the one inside an audit folder; of this schema version, or an older minor one.
+        """Read `record.json`, or the one inside an audit folder: see `parse`.
+
+        Raises:
+            BadInput: no such file, or what `parse` refuses.
+        """
+        path = path / "record.json" if path.is_dir() else path
+        try:
+            return cls.parse(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            raise BadInput(f"{path}: no such record") from None
+        except OSError as error:
+            raise BadInput(f"{path}: not a readable JSON record ({error})") from None
+
+    @classmethod
+    def parse(cls, text: bytes, where: str) -> Record:
+        """A record from its bytes, as read from `where`; of this schema version, or an older minor one.
 
         A newer minor one is refused: what its new fields say could change what the old ones mean, and nobody would
         see that it was left out.
 
         Raises:
-            BadInput: no such file, not JSON, another schema version, or a field that does not fit it.
+            BadInput: not JSON, another schema version, or a field that does not fit it.
         """
-        path = path / "record.json" if path.is_dir() else path
         try:
-            data = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise BadInput(f"{path}: no such record") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BadInput(f"{path}: not a readable JSON record ({error})") from None
+            data = json.loads(text.decode("utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BadInput(f"{where}: not a readable JSON record ({error})") from None
         version = str(data.get("schema_version", "")) if isinstance(data, dict) else ""
-        (major, minor), (ours, newest) = (text.partition(".")[::2] for text in (version, SCHEMA_VERSION))
+        (major, minor), (ours, newest) = (each.partition(".")[::2] for each in (version, SCHEMA_VERSION))
         if major != ours or not minor.isdecimal():
-            raise BadInput(f"{path}: schema_version {version!r}, this tool reads {SCHEMA_VERSION!r}")
+            raise BadInput(f"{where}: schema_version {version!r}, this tool reads {SCHEMA_VERSION!r}")
         if int(minor) > int(newest):
             raise BadInput(
-                f"{path}: schema_version {version!r} is newer than {SCHEMA_VERSION!r}, the newest this tool reads; "
+                f"{where}: schema_version {version!r} is newer than {SCHEMA_VERSION!r}, the newest this tool reads; "
                 "read it with the version of the tool that wrote it, or a later one"
             )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise BadInput(f"{path}: field {where}: {first['msg']}") from None
+            place = ".".join(str(part) for part in first["loc"])
+            raise BadInput(f"{where}: field {place}: {first['msg']}") from None
 
 
 def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:

@@ -198,7 +198,7 @@ def _conclude(
     return Record(
         tool=Tool(version=version("palimpsest-audit"), command=command),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        case=_case_entry(case),
+        case=case_entry(case),
         models=models,
         environment=_environment(case, evidence),
         findings=judged,
@@ -290,7 +290,7 @@ def _capture_all(
 ) -> Evidence:
     import torch
 
-    from audit.evidence import Evidence
+    from audit.evidence import Evidence, claimed
 
     device = run.case.options.device
     if device == "auto":
@@ -306,9 +306,10 @@ def _capture_all(
             dtype=getattr(torch, run.case.options.dtype),
             template=run.case.options.template,
         )
-        _capture(run, target, evidence, run.instruments)
-        for instrument in [i for i in run.instruments if isinstance(i, Attack)]:
-            _attack(run, target, evidence, instrument)
+        with claimed(run.evidence_folder, target.digest):
+            _capture(run, target, evidence, run.instruments)
+            for instrument in [i for i in run.instruments if isinstance(i, Attack)]:
+                _attack(run, target, evidence, instrument)
         if target.cut:
             run.limits.append(f"{role}: {target.cut} texts were longer than its context and were cut")
         if unused := target.unused:
@@ -633,7 +634,8 @@ def _domain(case: Case, findings: Sequence[Finding], models: Mapping[str, ModelE
     )
 
 
-def _case_entry(case: Case) -> CaseEntry:
+def case_entry(case: Case) -> CaseEntry:
+    """What a record says of its case."""
     sets = {
         name: SetEntry(digest=s.digest, count=len(s), entities=s.entities, source=s.source)
         for name, s in case.sets.items()

@@ -20,6 +20,7 @@ from sample_record import HOSTILE, empty, hostile, sample
 from audit.record import Record
 from reports.diff import compare
 from reports.diff_html import render_diff
+from reports.fleet import Fleet, Row, render_fleet
 from reports.html import render_html
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -69,7 +70,21 @@ def changed() -> Record:
     return record
 
 
+def fleet() -> str:
+    """Two models on two cases, of hostile names: an audit, a failure, and one far from five others."""
+    text = HOSTILE + "A" * 300
+    rows = [Row.audited(text, text, "x/x", hostile(text), exit_code=1)]
+    for place in range(6):
+        record = sample()
+        record.findings[0].estimate = 0.99 if place == 3 else 0.5
+        rows.append(Row.audited("case", f"{place}{text}", f"case/{place}", record, exit_code=1))
+    rows.append(Row(case="case", model=text, folder="case/x", state="failed", reason=text, exit_code=4))
+    rows.append(Row(case="case", model="late", folder="case/late", state="missing", reason="not run yet", exit_code=4))
+    return render_fleet(Fleet.of(text, rows))
+
+
 PAGES: dict[str, Callable[[], str]] = {
+    "fleet": fleet,
     "text": lambda: render_html(text_scan()),
     "images": lambda: render_html(image_scan()),
     "sample": lambda: render_html(fewer(sample())),
@@ -132,7 +147,7 @@ def axe(page: Any, **rules: Any) -> list[str]:
     return [f"{rule['id']}: {node['html'][:200]}" for rule in found["violations"] for node in rule["nodes"]]
 
 
-@pytest.mark.parametrize("name", ["text", "images", "sample", "failures", "empty", "hostile", "diff"])
+@pytest.mark.parametrize("name", ["text", "images", "sample", "failures", "empty", "hostile", "diff", "fleet"])
 def test_axe(name, pages, opened):
     page = opened(pages[name], bypass_csp=True, color_scheme="light")
     if name != "text":  # which is the longest, and is looked at as it opens
@@ -140,7 +155,7 @@ def test_axe(name, pages, opened):
     assert axe(page) == []
 
 
-@pytest.mark.parametrize("name", ["sample", "diff"])
+@pytest.mark.parametrize("name", ["sample", "diff", "fleet"])
 def test_axe_in_the_dark(name, pages, opened):
     """Of the rules, contrast alone depends on the colours."""
     page = opened(pages[name], bypass_csp=True, color_scheme="dark")
@@ -186,7 +201,7 @@ def _sheets(pdf: bytes) -> int:
     return len(re.findall(rb"/Type\s*/Page\b", pdf))
 
 
-@pytest.mark.parametrize("name", ["hostile", "diff-hostile", "megabyte"])
+@pytest.mark.parametrize("name", ["hostile", "diff-hostile", "megabyte", "fleet"])
 def test_hostile_text_is_inert(name, pages, opened):
     """What the text would have made, had it been obeyed, is not there; what it says can be read."""
     page = opened(pages[name])
