@@ -218,7 +218,8 @@ class OpenModel(ABC):
     def _in_parts(self) -> dict[str, Any]:
         """How weights that do not fit in memory whole are loaded: what fits; the rest is read when a pass needs it.
 
-        They are loaded as they are stored: to convert them now, all would have to be read.
+        They are loaded as they are stored, for to convert them now all would have to be read. What stays in memory
+        lies there twice while it is converted.
         """
         memory = self.memory
         if memory is None or memory.holds():
@@ -230,6 +231,9 @@ class OpenModel(ABC):
             if self.device.type == "cuda":
                 host = replace(memory, limit=self.limit or physical(), whose="main")
                 most = {self.device.index or 0: memory.kept, "cpu": host.kept}
+            if self._stored != self.dtype:
+                size = self._stored.itemsize
+                most = {place: kept * size // (size + self.dtype.itemsize) for place, kept in most.items()}
         except BadInput as error:
             raise BadInput(f"{self.inventory.root}: {error}") from None
         if not hasattr(self, "_written"):  # for what cannot be read as it is stored: experts that are fused, say
