@@ -129,6 +129,15 @@ class Engine:
             view = View(logits, scored, {}, [()] * tokens.scored, _same, _same)
             return _to_numpy(TOKEN.compute(view))
 
+    def affords(self, tokens: Tokens) -> bool:
+        """Do the logits at all positions of a sequence fit in memory at once, as its plain pass makes them?"""
+        memory = self.target.memory
+        if memory is None:
+            return True
+        with torch.inference_mode():
+            self.passes.prepare()
+        return len(tokens.ids) * self.passes.outputs <= memory.logits
+
     def noise(self, rows: Iterable[tuple[Tokens, Arrays]]) -> float:
         """Largest difference in log-probability between captured rows and the plain pass, in nats."""
         differences = [

@@ -433,6 +433,7 @@ def _noise(store: Store, engine: Engine, requests: list[Request]) -> float:
             {t for r in requests for t in r.sequences if any(q.name == "token" for q in r.quantities)},
             key=lambda tokens: (len(tokens.ids), tokens.ids),
         )
+        texts = [text for text in texts if engine.affords(text)] or texts[:1]
         sample = texts[:: max(1, len(texts) // _NOISE_SAMPLE)][:_NOISE_SAMPLE]
         known = engine.noise((tokens, store.read(tokens, "token")) for tokens in sample)
         if sample:  # or a scan that scored nothing would tell the next one that there is no noise

@@ -2,9 +2,9 @@
 
 Each point is a scan in a process of its own, by instruments that score and continue every text (memorization,
 membership), of random words under a random Llama. The exponent is the slope of a straight line through the logarithms,
-with its 95 % interval: 1 is linear. Below 1, something that does not grow is still in the sum. Time is that of `scan()`,
-imports apart; memory is the process's peak above the libraries' own. Attention is quadratic in a text's length, and a
-small part of the work up to thousands of tokens.
+with its 95 % interval: 1 is linear. Below 1, something that does not grow is still in the sum. Time is that of
+`scan()`, imports apart; memory is the process's peak above the libraries' own. Attention is quadratic in a text's
+length, and a small part of the work up to thousands of tokens.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from worlds import build_tiny, quiet_scan, small_case, tiny_case
 
 from audit.capture import Engine
 from audit.case import Options
-from audit.errors import BadInput, Incomplete
+from audit.errors import BadInput, Incomplete, Refused
 from audit.inventory import take_inventory
 from audit.memory import LIBRARIES, Memory, is_shortage, parse_bytes, spelled
 from audit.plan import Batch, Generate, Input, Request, Work, merge
@@ -140,6 +141,16 @@ def test_weights_stored_otherwise_are_converted_when_read(tmp_path, one_thread):
     ids = torch.arange(12)[None]
     with torch.inference_mode():
         assert torch.equal(parts.model(input_ids=ids).logits, whole.model(input_ids=ids).logits)
+
+
+def test_a_tensor_that_is_missing_is_missed_in_parts_too(tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(build_tiny().models["original"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Refused, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
+        _ = opened(tight(folder), folder=folder).model
 
 
 def test_too_little_for_one_module_says_what_is_needed():
