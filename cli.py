@@ -120,6 +120,7 @@ def scan(
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
+    memory: Annotated[str | None, typer.Option(help="bound, such as 8GB: weights beyond it are read in parts")] = None,
     fail_on: Annotated[str, typer.Option(help="exit 1 at: evidence, inconclusive (or evidence), never")] = "evidence",
     as_json: Annotated[bool, typer.Option("--json", help="print the record")] = False,
     spike: Annotated[bool, typer.Option("--spike", help="also look for facts planted in copies of this model")] = False,
@@ -142,6 +143,7 @@ def scan(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "memory": memory,
     }
     built = _build_case(case, models, sets, columns, options)
     policies = {"policy": policy, "emit_policy": emit_policy}
@@ -542,6 +544,7 @@ seed = 0
 budget = "standard"                         # quick | standard | thorough
 access = "weights"                          # text | logprobs | weights: what you can see of the model
 template = "auto"                           # auto | chat | qa | plain, or text with {prompt}
+# memory = "8GB"                            # a bound; weights that do not fit in it are read in parts
 # only = ["knowledge", "relearn"]
 # skip = ["remind"]
 """

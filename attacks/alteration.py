@@ -56,6 +56,7 @@ class Altering(Attack):
     access = Access.WEIGHTS
     modality = "any"
     sets = ("forget", "retain")
+    copies = 2
     statistic: Statistic
     axis: ClassVar[str] = "alteration"
     """What the alterations differ in, in a word or two: for figure and table."""

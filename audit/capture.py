@@ -3,20 +3,22 @@
 One engine serves every instrument and every kind of model. It runs packed batches (`audit.passes`), applies the
 unembedding to the scored positions only and in chunks, reduces each chunk to the quantities asked for, and hands the
 rows on. A `[batch, time, vocabulary]` tensor never exists. `Engine.noise` measures how close to the model's own forward
-pass the numbers are.
+pass the numbers are. A batch for which memory does not suffice runs in halves.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from audit.errors import Incomplete
+from audit.memory import LOGITS, TOKENS, is_shortage
 from audit.opened import OpenModel
 from audit.passes import Pass
 from audit.plan import Batch, Generate, Work
@@ -24,7 +26,9 @@ from audit.quantities import TOKEN, View
 from audit.tokens import Drawn, Tokens, content_key
 
 Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
-_LOGITS_ELEMENTS = 2**23  # 32 MiB of float32 logits at a time
+_LOGITS_ELEMENTS = LOGITS
+_Part = TypeVar("_Part")
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,20 @@ class Engine:
 
     Args:
         target: the opened model.
-        token_budget: tokens a batch, padding included.
+        token_budget: tokens a batch, padding included; 0: what the model's memory allows.
         share: compute common beginnings once, where the model can (off for benchmarks).
+        halved: how many batches ran in halves for want of memory.
     """
 
     target: OpenModel
-    token_budget: int = 4096
+    token_budget: int = 0
     share: bool = True
     forward_tokens: int = 0
+    halved: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.token_budget:
+            self.token_budget = TOKENS if self.target.memory is None else self.target.memory.tokens
 
     @cached_property
     def passes(self) -> Pass:
@@ -58,10 +68,43 @@ class Engine:
     @property
     def chunk(self) -> int:
         """Positions whose logits are in memory at a time."""
-        return max(1, _LOGITS_ELEMENTS // self.passes.outputs)
+        memory = self.target.memory
+        most = _LOGITS_ELEMENTS if memory is None else min(_LOGITS_ELEMENTS, memory.logits)
+        return max(1, most // self.passes.outputs)
 
     def run(self, batch: Batch) -> list[Row]:
-        """Capture one batch; a row for each of its works, in their order."""
+        """Capture one batch; a row for each of its works, in their order.
+
+        Raises:
+            Incomplete: memory does not suffice for one of its inputs alone.
+        """
+        return self.halving(batch, self.run_whole, Batch.halves)
+
+    def halving(
+        self, part: _Part, run: Callable[[_Part], list[_Item]], halves: Callable[[_Part], tuple[_Part, _Part] | None]
+    ) -> list[_Item]:
+        """What `run` makes of a batch, or, where memory does not suffice, of its halves, and of theirs.
+
+        Raises:
+            Incomplete: it does not suffice for what cannot be halved any more.
+        """
+        try:
+            return run(part)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Not before: the error holds the frames that hold the memory.
+        pair = halves(part)
+        if pair is None:
+            raise Incomplete(f"{self.target.inventory.root}: memory does not suffice for one input alone: {reason}")
+        if self.target.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.halved += 1
+        return [item for half in pair for item in self.halving(half, run, halves)]
+
+    def run_whole(self, batch: Batch) -> list[Row]:
+        """Capture one batch, which memory must suffice for."""
         works = batch.works
         # Works that want the same go side by side, whatever they lie between: head and quantities then run on many.
         kinds = {wanted: kind for kind, wanted in enumerate(dict.fromkeys(work.quantities for work in works))}
@@ -85,6 +128,15 @@ class Engine:
             scored = torch.tensor(tokens.ids[tokens.start :], device=logits.device)
             view = View(logits, scored, {}, [()] * tokens.scored, _same, _same)
             return _to_numpy(TOKEN.compute(view))
+
+    def affords(self, tokens: Tokens) -> bool:
+        """Do the logits at all positions of a sequence fit in memory at once, as its plain pass makes them?"""
+        memory = self.target.memory
+        if memory is None:
+            return True
+        with torch.inference_mode():
+            self.passes.prepare()
+        return len(tokens.ids) * self.passes.outputs <= memory.logits
 
     def noise(self, rows: Iterable[tuple[Tokens, Arrays]]) -> float:
         """Largest difference in log-probability between captured rows and the plain pass, in nats."""
@@ -145,7 +197,14 @@ class Engine:
         return written
 
     def answer(self, request: Generate, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """What a request asks for of one of its batches: prompt after prompt, in each of its ways."""
+        """What a request asks for of one of its batches: prompt after prompt, in each of its ways.
+
+        Raises:
+            Incomplete: memory does not suffice for one of its prompts alone.
+        """
+        return self.halving(prompts, lambda part: self._answer(request, part), in_halves)
+
+    def _answer(self, request: Generate, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         if not request.temperature:
             return self.generate(prompts, request.new_tokens, beams=request.beams)
         rows = [(prompt, i) for prompt in prompts for i in range(request.samples)]
@@ -153,6 +212,12 @@ class Engine:
         keys = [f"{content_key(prompt)}/{i}/{request.seed}" for prompt, i in rows]
         seeds = tuple(int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) for key in keys)
         return self.generate([p for p, _ in rows], request.new_tokens, Drawn(request.temperature, seeds))
+
+
+def in_halves(items: Sequence[_Item]) -> tuple[Sequence[_Item], Sequence[_Item]] | None:
+    """The first half and the rest; None of one item."""
+    middle = len(items) // 2
+    return (items[:middle], items[middle:]) if middle else None
 
 
 def _same(state: torch.Tensor) -> torch.Tensor:

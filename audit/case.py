@@ -33,6 +33,7 @@ import numpy as np
 from audit.errors import BadInput
 from audit.instrument import Access
 from audit.loaders import Example, ExampleSet, SetSpec, load_set, oddities, overlaps, parse_set_spec
+from audit.memory import parse_bytes
 
 ROLES = ("target", "original", "retrained")
 SETS = ("forget", "retain", "holdout", "neighbor", "utility", "relearn", "suspects")
@@ -63,6 +64,7 @@ class Options:
         device: auto, cpu or cuda.
         dtype: float32, bfloat16 or float16.
         only, skip: instruments by name.
+        memory: bytes that the audit may take, see `audit.memory`; None: as many as it needs.
     """
 
     seed: int = 0
@@ -73,6 +75,7 @@ class Options:
     dtype: str = "float32"
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    memory: int | None = None
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], where: str) -> Options:
@@ -86,10 +89,14 @@ class Options:
         return cls(**values)
 
     def dump(self) -> dict[str, str | int | float | bool | None]:
-        """As plain values, for the record."""
-        raw = {f.name: getattr(self, f.name) for f in fields(self)}
+        """As plain values, for the record; a bound on memory only where there is one."""
+        raw = self.said()
         raw |= {"budget": self.budget.value, "access": self.access.name.lower()}
         return raw | {"only": ",".join(self.only), "skip": ",".join(self.skip)}
+
+    def said(self) -> dict[str, Any]:
+        """All options that say something, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
 
 def _option(key: str, value: Any, where: str) -> Any:
@@ -107,6 +114,8 @@ def _option(key: str, value: Any, where: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise BadInput(f"{where}: seed {value!r} is no whole number of at least 0")
         return value
+    if key == "memory":
+        return None if value is None else parse_bytes(value, where)
     if key in ("only", "skip"):
         names = [name for name in value.split(",") if name] if isinstance(value, str) else value
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
@@ -202,7 +211,7 @@ class Case:
             extra = {"columns": dict(spec.columns), "where": dict(spec.where)}
             extra |= {"limit": spec.limit, "offset": spec.offset or None}
             lines.append(f"{name} = {_toml(table | {k: v for k, v in extra.items() if v})}")
-        options = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
+        options = self.options.said()
         options |= {"budget": self.options.budget.value, "access": self.options.access.name.lower()}
         lines += ["", "[options]", *(f"{key} = {_toml(value)}" for key, value in options.items())]
         return "\n".join(lines) + "\n"

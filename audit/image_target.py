@@ -38,6 +38,8 @@ from audit.plan import Batch, Input, Work
 from audit.tokens import Tokens, content_key
 
 _IMAGE = -1
+_TOKENS = 16  # what an image counts for in a batch
+_MAPS = 20  # what a batch holds at a time, in pixels' worth
 _PLACES: dict[str, tuple[str, bool]] = {
     "vit": ("vit.layers", True),
     "deit": ("deit.layers", True),
@@ -76,7 +78,7 @@ class ImageTarget(OpenModel):
     """An image classifier under audit, or one it is compared with.
 
     Args:
-        role, inventory, device, dtype: see `OpenModel`.
+        role, inventory, device, dtype, limit: see `OpenModel`.
         template: of no use here; taken so that all models are opened alike.
     """
 
@@ -90,8 +92,9 @@ class ImageTarget(OpenModel):
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         template: str = "auto",
+        limit: int | None = None,
     ) -> None:
-        super().__init__(role, inventory, device=device, dtype=dtype, template=template)
+        super().__init__(role, inventory, device=device, dtype=dtype, template=template, limit=limit)
         self._parts: dict[str, int] = {}
         if self._config.model_type not in _PLACES:
             known = ", ".join(sorted(_PLACES))
@@ -149,6 +152,13 @@ class ImageTarget(OpenModel):
         channels = int(getattr(self._config, "num_channels", 3))
         values: torch.Tensor = taken["pixel_values"][:, :channels]
         return values.to(self.device, self.dtype)
+
+    @property
+    def token_bytes(self) -> int:
+        """A sixteenth of an image's maps, by the size of its pixels."""
+        size = getattr(self._config, "image_size", None) or 224
+        height, width = (size, size) if isinstance(size, int) else size
+        return max(1, _MAPS * 3 * int(height) * int(width) * self.dtype.itemsize // _TOKENS)
 
     # --- places ---------------------------------------------------------------------------------------
 
@@ -225,7 +235,7 @@ class ImagePass(Pass):
             assert isinstance(work.tokens, Shown), "made by ImageTarget.show"
             found.setdefault(work.tokens.picture, []).append(work)
         inputs = [Input((_IMAGE,), tuple(found[picture])) for picture in sorted(found)]
-        size = max(1, token_budget // 16)
+        size = max(1, token_budget // _TOKENS)
         return [Batch(0, tuple((row,) for row in inputs[i : i + size])) for i in range(0, len(inputs), size)]
 
     def run(self, batch: Batch, order: Sequence[int], sites: Sequence[str]) -> tuple[torch.Tensor, States]:

@@ -132,7 +132,13 @@ class Attack(Instrument):
     The engine calls `stages`, looks which of the altered models still lack captures, and only then calls `run`,
     which alters `target.model` in place and yields each stage when it is reached. Afterwards the weights are read
     from disk again, so an attack need not undo anything.
+
+    Class attributes:
+        copies: how many times the model's weights it has in memory; where they do not fit so often, it is left out.
     """
+
+    copies: ClassVar[float] = 5
+    """Training: weights, gradients, the optimizer's two moments, and what is kept or made on the way."""
 
     def cost(self, case: Case, target: Any) -> str:  # noqa: ARG002
         """What it is about to do, in a few words after its name, for the progress bar."""

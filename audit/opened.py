@@ -1,8 +1,9 @@
 """An opened model of any kind: its folder, its weights, and the views of it that an attack has altered.
 
 A folder is opened only after its inventory was taken (`audit.inventory`), with remote code and the network
-ruled out explicitly. The weights are read when a pass, or an instrument, first needs them. What is particular to
-language models is in `audit.target`, to image classifiers in `audit.image_target`.
+ruled out explicitly. The weights are read when a pass, or an instrument, first needs them; where they do not fit in
+memory, again and again in parts (`audit.memory`). What is particular to language models is in `audit.target`, to image
+classifiers in `audit.image_target`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
+import logging
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -25,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from audit.errors import BadInput, Refused
 from audit.inventory import Inventory, take_inventory
+from audit.memory import Memory, physical
 
 if TYPE_CHECKING:
     from audit.loaders import Example
@@ -41,13 +46,21 @@ class OpenModel(ABC):
         device: a torch device.
         dtype: of the weights in memory.
         template: how a prompt becomes text, where there are prompts.
+        limit: bytes of memory that the scan may take; None: as many as it needs.
     """
 
     factory: ClassVar[Any]
     """The auto class of transformers that reads such models."""
 
     def __init__(
-        self, role: str, inventory: Inventory, *, device: str, dtype: torch.dtype, template: str = "auto"
+        self,
+        role: str,
+        inventory: Inventory,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        template: str = "auto",
+        limit: int | None = None,
     ) -> None:
         self.role = role
         self.inventory = inventory
@@ -55,6 +68,7 @@ class OpenModel(ABC):
         self.device = torch.device(device)
         self.dtype = dtype
         self.template = template
+        self.limit = limit
         self._unused: tuple[str, ...] | None = None
         self._model: Any = None
 
@@ -147,7 +161,9 @@ class OpenModel(ABC):
         """The Hugging Face model, in evaluation mode; loaded on first use."""
         if self._model is None:
             with quiet():
-                model, found = self._load(self.factory, dtype=self.dtype, output_loading_info=True)
+                parts = self._in_parts()
+                dtype = self._stored if parts else self.dtype
+                model, found = self._load(self.factory, dtype=dtype, output_loading_info=True, **parts)
             if missing := sorted(found["missing_keys"]):  # transformers would fill these with random numbers
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
                 raise Refused(f"{self.inventory.root}: no tensor {missing[0]}{more} in the weights")
@@ -157,13 +173,99 @@ class OpenModel(ABC):
                 model.generation_config = GenerationConfig(
                     bos_token_id=kept.bos_token_id, eos_token_id=kept.eos_token_id, pad_token_id=kept.pad_token_id
                 )
-            self._model = model.to(self.device).eval().requires_grad_(False)
+            if parts:
+                _convert(model, dtype, self.dtype)
+            else:
+                model = model.to(self.device)
+            self._model = model.eval().requires_grad_(False)
         return self._model
+
+    # --- memory ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def memory(self) -> Memory | None:
+        """How what the scan may take is shared out for this model; None where nothing bounds it. Needs no weights."""
+        limit, whose = self.limit, "stated"
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            if limit is None or total < limit:
+                limit, whose = total, "GPU's"
+        if limit is None:
+            return None
+        with quiet(), torch.device("meta"):
+            outline = self.factory.from_config(self._config, dtype=self.dtype, trust_remote_code=False)
+        parts = [sum(p.numel() for p in module.parameters(recurse=False)) for module in outline.modules()]
+        return Memory(
+            limit,
+            weights=sum(p.nbytes for p in (*outline.parameters(), *outline.buffers())),
+            module=max(parts) * (self._stored.itemsize + self.dtype.itemsize),
+            token=self.token_bytes,
+            whose=whose,
+        )
+
+    @property
+    @abstractmethod
+    def token_bytes(self) -> int:
+        """What a token of a batch takes in memory, at most; needs no weights."""
+
+    @property
+    def _stored(self) -> torch.dtype:
+        """In which dtype all weights lie in the folder; if there are several, the one wanted in memory."""
+        found = {tensor.dtype for tensor in self.inventory.tensors}
+        stored = getattr(torch, found.pop(), None) if len(found) == 1 else None
+        return stored if isinstance(stored, torch.dtype) and stored.is_floating_point else self.dtype
+
+    def _in_parts(self) -> dict[str, Any]:
+        """How weights that do not fit in memory whole are loaded: what fits; the rest is read when a pass needs it.
+
+        They are loaded as they are stored, for to convert them now all would have to be read. What stays in memory
+        lies there twice while it is converted.
+        """
+        memory = self.memory
+        if memory is None or memory.holds():
+            return {}
+        if self.inventory.format == "gguf":
+            raise BadInput(f"{self.inventory.root}: {memory.lacking()}, and GGUF weights cannot be read in parts")
+        try:
+            most: dict[int | str, int] = {"cpu": memory.kept}
+            if self.device.type == "cuda":
+                host = replace(memory, limit=self.limit or physical(), whose="main")
+                most = {self.device.index or 0: memory.kept, "cpu": host.kept}
+            if self._stored != self.dtype:
+                size = self._stored.itemsize
+                most = {place: kept * size // (size + self.dtype.itemsize) for place, kept in most.items()}
+        except BadInput as error:
+            raise BadInput(f"{self.inventory.root}: {error}") from None
+        if not hasattr(self, "_written"):  # for what cannot be read as it is stored: experts that are fused, say
+            self._written = TemporaryDirectory(prefix="palimpsest-")
+        return {"device_map": "auto", "max_memory": most, "offload_folder": self._written.name}
+
+    def weights_of(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """A module's own parameters by name, read from the folder where they are not in memory."""
+        found: dict[str, torch.Tensor] = {}
+        hook = getattr(module, "_hf_hook", None)
+        maps = [getattr(each, "weights_map", None) for each in getattr(hook, "hooks", (hook,))]
+        for name, parameter in module.named_parameters(recurse=False):
+            held = parameter.detach()
+            found[name] = next(read[name] for read in maps if read) if held.is_meta else held
+        return found
+
+    def apart(self, module: torch.nn.Module) -> torch.nn.Module:
+        """A copy of a module without parts, such as a norm: in float32, on the CPU."""
+        from accelerate.hooks import remove_hook_from_module
+
+        copied: torch.nn.Module = remove_hook_from_module(copy.deepcopy(module))
+        for name, value in self.weights_of(module).items():
+            setattr(copied, name, torch.nn.Parameter(value.float().cpu().clone(), requires_grad=False))
+        return copied.float().cpu()
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Tensors of the folder that the architecture does not use; reads the weights if nothing has yet."""
-        if self._unused is None:
+        """Tensors of the folder that the architecture does not use; reads the weights if nothing has yet.
+
+        None are known where memory is too small to open the model: its files can be compared all the same.
+        """
+        if self._unused is None and (self.memory is None or self.memory.holds() or self.memory.streams):
             _ = self.model
         return self._unused or ()
 
@@ -178,7 +280,12 @@ class OpenModel(ABC):
     def beside(self, role: str, folder: Path) -> Self:
         """Another model folder, opened in the same way."""
         return type(self)(
-            role, take_inventory(folder), device=str(self.device), dtype=self.dtype, template=self.template
+            role,
+            take_inventory(folder),
+            device=str(self.device),
+            dtype=self.dtype,
+            template=self.template,
+            limit=self.limit,
         )
 
     def altered(self, name: str, recipe: str) -> Self:
@@ -197,15 +304,26 @@ class OpenModel(ABC):
         self._model = None
 
 
+def _convert(model: Any, stored: torch.dtype, wanted: torch.dtype) -> None:
+    """Have weights in another dtype: those in memory now, those that are not whenever they are read."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if stored != wanted and tensor.dtype == stored:
+            tensor.data = tensor.data.to(wanted)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Loading prints bars and advice meant for interactive use; the scan has its own progress."""
     level: Callable[[], int] = transformers_logging.get_verbosity
     before = level()
+    placing = logging.getLogger("accelerate.big_modeling")
+    placing_before = placing.level
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    placing.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        placing.setLevel(placing_before)
         transformers_logging.set_verbosity(before)
         transformers_logging.enable_progress_bar()

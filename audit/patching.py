@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from audit.capture import Arrays, Engine, Row
+from audit.capture import Arrays, Engine, Row, in_halves
 from audit.errors import BadInput
 from audit.evidence import Store
 from audit.plan import Batch, Input, Patched, Work
@@ -60,10 +60,17 @@ def run(
     states, done = hidden(*request.sites).name, 0
     while done < len(todo):
         texts = todo[done : done + max(1, engine.token_budget // len(todo[done].ids))]
-        put_in = np.concatenate([source.read(tokens, states)["hidden"] for tokens in texts])
-        store.write((row.tokens, _kept(request, row, source)) for row in patched(engine, texts, request, put_in))
+        rows = engine.halving(
+            texts, lambda part: patched(engine, part, request, _states(source, part, states)), in_halves
+        )
+        store.write((row.tokens, _kept(request, row, source)) for row in rows)
         done += len(texts)
         tick(done)
+
+
+def _states(source: Store, texts: Sequence[Tokens], quantity: str) -> np.ndarray[Any, Any]:
+    """What is put in: the source's states at the scored tokens of texts, one after another."""
+    return np.concatenate([source.read(tokens, quantity)["hidden"] for tokens in texts])
 
 
 def _kept(request: Patched, row: Row, source: Store) -> dict[str, Arrays]:
@@ -76,11 +83,11 @@ def patched(engine: Engine, texts: Sequence[Tokens], request: Patched, put_in: n
     batch = Batch(0, tuple((Input(t.ids[:-1], (Work(t, request.quantities),)),) for t in texts))
     rows = [i for i, tokens in enumerate(texts) for _ in range(tokens.scored)]
     columns = [position for tokens in texts for position in range(tokens.start - 1, len(tokens.ids) - 1)]
-    passes = [engine.run(batch)]
+    passes = [engine.run_whole(batch)]
     for i, site in enumerate(request.sites):
         states = torch.from_numpy(put_in[:, i]).to(engine.target.device)
         with _Overwriting(engine, site, rows, columns, states):
-            passes.append(engine.run(batch))
+            passes.append(engine.run_whole(batch))
     return [Row(same[0].tokens, _stacked([row.values for row in same])) for same in zip(*passes, strict=True)]
 
 

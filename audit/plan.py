@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from audit.quantities import TOKEN, Quantity
@@ -160,6 +162,18 @@ class Batch:
         """Tokens that pass through the model, padding apart."""
         suffixes = sum(len(row.ids) - self.prefix for row in self.inputs)
         return suffixes + self.prefix * len(self.groups)
+
+    def halves(self) -> tuple[Batch, Batch] | None:
+        """Two batches of half the inputs each, in the same order; None of one input."""
+        members = [(i, row) for i, group in enumerate(self.groups) for row in group]
+        middle = len(members) // 2
+        if not middle:
+            return None
+        first, rest = (
+            Batch(self.prefix, tuple(tuple(row for _, row in group) for _, group in groupby(half, key=itemgetter(0))))
+            for half in (members[:middle], members[middle:])
+        )
+        return first, rest
 
 
 def merge(requests: Iterable[Request]) -> list[Work]:

@@ -291,10 +291,13 @@ def _capture_all(
     import torch
 
     from audit.evidence import Evidence, claimed
+    from audit.memory import give_back
 
     device = run.case.options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if run.case.options.memory is not None:
+        give_back()
     evidence = Evidence()
     run.inventories = inventories
     for role in sorted(inventories, key=lambda role: role == "original"):  # last: others' states are put into it
@@ -305,7 +308,9 @@ def _capture_all(
             device=device,
             dtype=getattr(torch, run.case.options.dtype),
             template=run.case.options.template,
+            limit=run.case.options.memory,
         )
+        _withdraw(run, target)
         with claimed(run.evidence_folder, target.digest):
             _capture(run, target, evidence, run.instruments)
             for instrument in [i for i in run.instruments if isinstance(i, Attack)]:
@@ -316,6 +321,14 @@ def _capture_all(
             run.limits.append(f"{role}: {len(unused)} tensors that its architecture does not use, {unused[0]} first")
         target.release()
     return evidence
+
+
+def _withdraw(run: _Run, target: OpenModel) -> None:
+    """Take out the attacks that alter a model too large for them, before anything is captured on their behalf."""
+    memory = target.memory
+    for attack in [i for i in run.instruments if isinstance(i, Attack)]:
+        if memory is not None and not memory.holds(attack.copies):
+            run.drop(attack, BadInput(memory.lacking(attack.copies)))
 
 
 def _open(role: str, inventory: Inventory, **options: Any) -> OpenModel:
@@ -369,6 +382,10 @@ def _capture(run: _Run, target: OpenModel, evidence: Evidence, instruments: Sequ
         requests += _run_patches(run, evidence, store, engine, patches)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, MemoryError) as error:
         raise Incomplete(f"{target.inventory.root}: a pass failed: {type(error).__name__}: {error}") from error
+    finally:
+        halved = _halved(store, engine)
+    if halved:
+        run.limits.append(f"{target.role}: memory did not suffice for {halved} batches, which ran in halves")
     run.cost.forward_tokens += engine.forward_tokens
     evidence.register(target.role, store, requests)
     for request in requests:
@@ -500,6 +517,14 @@ def _run_patches(
     return answered
 
 
+def _halved(store: Store, engine: Engine) -> int:
+    """How many batches of this model ran in halves, in this scan or in one that was killed before it."""
+    known = int(store.note("halved") or 0)
+    if engine.halved:
+        store.write_note("halved", known + engine.halved)
+    return known + engine.halved
+
+
 def _noise(store: Store, engine: Engine, requests: list[Request]) -> float:
     """Largest difference between captured and plain log-probabilities, over a few texts of all lengths."""
     known = store.note("noise")
@@ -508,6 +533,7 @@ def _noise(store: Store, engine: Engine, requests: list[Request]) -> float:
             {t for r in requests for t in r.sequences if any(q.name == "token" for q in r.quantities)},
             key=lambda tokens: (len(tokens.ids), tokens.ids),
         )
+        texts = [text for text in texts if engine.affords(text)] or texts[:1]
         sample = texts[:: max(1, len(texts) // _NOISE_SAMPLE)][:_NOISE_SAMPLE]
         known = engine.noise((tokens, store.read(tokens, "token")) for tokens in sample)
         if sample:  # or a scan that scored nothing would tell the next one that there is no noise

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorLis
 from audit.errors import BadInput
 from audit.finetune import text_loss
 from audit.inventory import Inventory
+from audit.memory import spelled, token_bytes
 from audit.opened import OpenModel, quiet
 from audit.tokens import Drawn, Tokens, common_prefix
 
@@ -41,6 +42,7 @@ class Target(OpenModel):
         device: a torch device.
         dtype: of the weights in memory.
         template: how a prompt becomes text: `auto`, `chat`, `qa`, `plain`, or a string with `{prompt}`.
+        limit: bytes of memory that the scan may take.
     """
 
     factory = AutoModelForCausalLM
@@ -53,8 +55,9 @@ class Target(OpenModel):
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         template: Template = "auto",
+        limit: int | None = None,
     ) -> None:
-        super().__init__(role, inventory, device=device, dtype=dtype, template=template)
+        super().__init__(role, inventory, device=device, dtype=dtype, template=template, limit=limit)
         self.truncated: set[tuple[int, ...]] = set()
         self._context_length: int | None = None
         # Instruments ask for the same texts again, and an attack at every stage: views share this.
@@ -271,7 +274,12 @@ class Target(OpenModel):
             )
         return [tuple(row) for row in out[:, width:].tolist()]
 
-    # --- weights --------------------------------------------------------------------------------------
+    # --- memory ---------------------------------------------------------------------------------------
+
+    @property
+    def token_bytes(self) -> int:
+        """By the configuration: see `audit.memory`."""
+        return token_bytes(self._config.get_text_config(), self.dtype.itemsize)
 
     # --- places ---------------------------------------------------------------------------------------
 
@@ -298,9 +306,19 @@ class Target(OpenModel):
         return module
 
     def embedding(self) -> torch.Tensor:
-        """Token embeddings, shape [vocabulary, width], float32 on the CPU."""
-        weight: torch.Tensor = self.model.get_input_embeddings().weight
-        return weight.detach().float().cpu()
+        """Token embeddings, shape [vocabulary, width], float32 on the CPU.
+
+        Raises:
+            BadInput: they, and as much again to work with them, do not fit in the memory that is stated.
+        """
+        module = self.model.get_input_embeddings()
+        needed = 2 * 4 * module.weight.numel()
+        if self.memory is not None and needed > self.memory.batches:
+            raise BadInput(
+                f"{self.inventory.root}: to work with its embedding takes {spelled(needed)}, which does not fit beside "
+                f"the model in the {self.memory.whose} memory ({spelled(self.memory.limit)})"
+            )
+        return self.weights_of(module)["weight"].float().cpu()
 
     @property
     def _places(self) -> dict[str, str]:

@@ -3,9 +3,10 @@
     for row in compare(Path("models/suspect"), Path("models/original")):
         print(row.name, row.relative, row.stable_rank)
 
-W is a tensor of the target, W0 the original's of the same name, both as float32, and D = W - W0. At most one tensor
-of either model is in memory at a time, so that two models of any size can be compared on a small machine. Compared with
-nothing, W0 = 0 and D = W: then rows describe the weights themselves.
+W is a tensor of the target, W0 the original's of the same name, both as float32, and D = W - W0. Both are read a few
+rows at a time, and nothing is mapped: in memory is D at most, and of a large matrix that is taller than wide (an
+embedding) only D'D, so that two models of any size can be compared on a small machine. Compared with nothing, W0 = 0
+and D = W: then rows describe the weights themselves.
 
 What is *not* compared gets a row that says why: a tensor that one model lacks, shapes that differ, dtypes that are no
 numbers by themselves (packed integers), values that are not finite. A model without an output head uses its embedding
@@ -29,22 +30,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from safetensors import SafetensorError, safe_open
-
-from audit.errors import BadInput
+from audit.errors import BadInput, Refused
+from audit.safetensors_header import Span, read_safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from audit.evidence import Store
 
-FORMAT = 1
+FORMAT = 2
 """Of the rows; part of the name they are kept under, so that numbers made otherwise are never served."""
 
 AFTER_BLOCKS = 10**6
 """The `site` of what comes after all blocks: final norm and head."""
 
 _INT4_TOP = 7
+_PIECE = 2**22
+"""Entries that are read at a time: 16 MiB of float32. Singular values of a matrix with more are the roots of the
+eigenvalues of D'D or DD', in float64: as precise as those of D in float32, in a fraction of the time and memory."""
+_PACKED = {"float4_e2m1fn": "float4_e2m1fn_x2"}
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
@@ -200,8 +204,8 @@ class Tensors(Protocol):
         """Shape by name, without reading any."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in its own dtype."""
+    def read(self, name: str, rows: slice = ...) -> Tensor:
+        """One tensor, in its own dtype, or some of its rows."""
         ...
 
 
@@ -216,26 +220,47 @@ class Folder:
         files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
         if not files:
             raise BadInput(f"{folder}: no safetensors files; weights of other formats (GGUF) are not compared")
-        self._places: dict[str, Any] = {}
+        self._places: dict[str, tuple[Path, int, Span]] = {}
         for path in files:
             try:
-                file = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
+                header = read_safetensors_header(path)
+            except (OSError, Refused) as error:
                 raise BadInput(f"{path}: cannot be read ({error})") from None
-            names: list[str] = file.keys()  # type: ignore[no-untyped-call]
-            for name in names:
-                if name in self._places:
-                    raise BadInput(f"{path}: tensor {name!r} is in another file too")
-                self._places[name] = file
+            for span in header.tensors:
+                if span.name in self._places:
+                    raise BadInput(f"{path}: tensor {span.name!r} is in another file too")
+                self._places[span.name] = path, header.data_begin, span
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape by name, from the files' headers."""
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._places.items()}
+        """Shape by name, from the files' headers; of numbers packed in pairs, that of the pairs."""
+        return {name: self._shape(span) for name, (_, _, span) in self._places.items()}
 
-    def read(self, name: str) -> Tensor:
-        """One tensor; its pages are mapped from the file."""
-        tensor: Tensor = self._places[name].get_tensor(name)
-        return tensor
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """One tensor, or some of its rows. Read, not mapped: pages of a mapped file would stay with the process."""
+        import torch
+
+        path, data_begin, span = self._places[name]
+        dtype = getattr(torch, _PACKED.get(span.dtype, span.dtype), None)
+        if dtype is None:
+            raise BadInput(f"{path}: tensor {name!r} is of dtype {span.dtype}, which PyTorch does not know")
+        shape = self._shape(span)
+        begin, end = span.begin, span.end
+        if shape and rows != slice(None):
+            first, last, _ = rows.indices(shape[0])
+            size = (end - begin) // shape[0]
+            begin, end, shape = begin + first * size, begin + last * size, (last - first, *shape[1:])
+        if begin == end:
+            return torch.empty(shape, dtype=dtype)
+        data = bytearray(end - begin)
+        with path.open("rb") as file:
+            file.seek(data_begin + begin)
+            if file.readinto(data) != len(data):
+                raise BadInput(f"{path}: changed while it was read")
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+    @staticmethod
+    def _shape(span: Span) -> tuple[int, ...]:
+        return (*span.shape[:-1], span.shape[-1] // 2) if span.dtype in _PACKED and span.shape else span.shape
 
 
 class InMemory:
@@ -248,9 +273,10 @@ class InMemory:
         """Shape by name."""
         return {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
 
-    def read(self, name: str) -> Tensor:
-        """One parameter, as it is now."""
-        return self._parameters[name].detach()
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """One parameter, as it is now, or some of its rows."""
+        whole = self._parameters[name].detach()
+        return whole if rows == slice(None) else whole[rows]
 
 
 class Zeros:
@@ -263,11 +289,12 @@ class Zeros:
         """Shape by name."""
         return self._shapes
 
-    def read(self, name: str) -> Tensor:
-        """One tensor of zeros."""
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """One tensor of zeros, or some of its rows."""
         import torch
 
-        return torch.zeros(()).expand(self._shapes[name])
+        whole = torch.zeros(()).expand(self._shapes[name])
+        return whole if rows == slice(None) else whole[rows]
 
 
 # --- the comparison -----------------------------------------------------------------------------------------
@@ -298,7 +325,9 @@ def compare_tensors(target: Tensors, original: Tensors, *, device: str = "cpu") 
     pairs = {name: (name, name if name in there else _stand_in(name, here, there)) for name in here}
     pairs |= {name: (_stand_in(name, there, here), name) for name in there if name not in here}
     for name in sorted(pairs, key=_place):
-        yield _row(name, *pairs[name], target, original, device)
+        mine, others = pairs[name]
+        found = None if mine is None else (mine, here[mine]), None if others is None else (others, there[others])
+        yield _row(name, *found, target, original, device)
 
 
 def remember(store: Store, against: str, rows: Sequence[TensorRow]) -> None:
@@ -334,48 +363,117 @@ def _stand_in(name: str, mine: Mapping[str, tuple[int, ...]], others: Mapping[st
     return found[0] if len(found) == 1 else None
 
 
-def _row(name: str, here: str | None, there: str | None, target: Tensors, original: Tensors, device: str) -> TensorRow:
-    """One row. Both tensors are let go when it is done."""
+def _row(
+    name: str,
+    here: tuple[str, tuple[int, ...]] | None,
+    there: tuple[str, tuple[int, ...]] | None,
+    target: Tensors,
+    original: Tensors,
+    device: str,
+) -> TensorRow:
+    """One row; `here` and `there`: name and shape in either model. What was read is let go when it is done."""
     if here is None or there is None:
-        only = target.read(name) if there is None else original.read(name)
-        where, dtype = ("target", _dtype(only)) if there is None else ("original", "")
-        return TensorRow(
-            name, tuple(only.shape), dtype, "" if there is None else _dtype(only), note=f"only in the {where}"
-        )
-    now, before = target.read(here), original.read(there)
-    known: dict[str, Any] = {"shape": tuple(now.shape), "dtype": _dtype(now), "original_dtype": _dtype(before)}
-    if now.shape != before.shape:
-        return TensorRow(name, **known, note=f"shapes differ: the original's is {_shape(before)}, not {_shape(now)}")
-    if here != there:
-        known["note"] = f"a head of its own, and {there if here == name else here} in the other model"
-    w, w0 = _as_numbers(now), _as_numbers(before)
-    if w is None or w0 is None:
-        return TensorRow(name, **known | {"note": f"{_dtype(before if w0 is None else now)} holds no plain numbers"})
-    if not (bool(w.isfinite().all()) and bool(w0.isfinite().all())):
-        return TensorRow(name, **known | {"note": "holds values that are not finite"})
-    return TensorRow(name, **known, **_measures(w.to(device), w0.to(device)))
+        source, only, where = (target, here, "target") if there is None else (original, there, "original")
+        assert only is not None, "a name is of one model at least"
+        stored = _dtype(source.read(only[0], _pieces(only[1])[0]))
+        both = (stored, "") if there is None else ("", stored)
+        return TensorRow(name, only[1], *both, note=f"only in the {where}")
+    (now, shape), (before, shape_before) = here, there
+    known: dict[str, Any] = {"shape": shape}
+    if shape != shape_before:
+        known["dtype"] = _dtype(target.read(now, _pieces(shape)[0]))
+        known["original_dtype"] = _dtype(original.read(before, _pieces(shape_before)[0]))
+        note = f"shapes differ: the original's is {_shape(shape_before)}, not {_shape(shape)}"
+        return TensorRow(name, **known, note=note)
+    if now != before:
+        known["note"] = f"a head of its own, and {before if now == name else now} in the other model"
+    measures = _Measures(shape)
+    for rows in _pieces(shape):
+        read, read_before = target.read(now, rows), original.read(before, rows)
+        known |= {"dtype": _dtype(read), "original_dtype": _dtype(read_before)}
+        w, w0 = _as_numbers(read), _as_numbers(read_before)
+        if w is None or w0 is None:
+            note = f"{_dtype(read_before if w0 is None else read)} holds no plain numbers"
+            return TensorRow(name, **known | {"note": note})
+        del read, read_before
+        if not (bool(w.isfinite().all()) and bool(w0.isfinite().all())):
+            return TensorRow(name, **known | {"note": "holds values that are not finite"})
+        measures.add(w.to(device), w0.to(device))
+        del w, w0
+    return TensorRow(name, **known, **measures.found())
 
 
-def _measures(w: Tensor, w0: Tensor) -> dict[str, Any]:
-    """The numbers of a row."""
-    import torch
+def _pieces(shape: tuple[int, ...]) -> list[slice]:
+    """The rows of a tensor in runs of at most `_PIECE` entries, or of one row; all of a small one."""
+    if len(shape) < 2 or math.prod(shape) <= _PIECE:
+        return [slice(None)]
+    step = max(1, _PIECE // math.prod(shape[1:]))
+    return [slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
 
-    change = w - w0
-    found: dict[str, Any] = {
-        "norm": float(torch.linalg.vector_norm(change, dtype=torch.float64)),
-        "original_norm": float(torch.linalg.vector_norm(w0, dtype=torch.float64)),
-        "equal": int((change == 0).sum()),
-        "largest": float(change.abs().max()) if change.numel() else 0.0,
-    }
-    if change.ndim == 2 and change.numel():
-        found |= {"int4_kept": int4_codes_kept(w, w0), "int4_step": _widest_step(change, w0)}
-        if found["largest"]:
-            del w, w0
-            values = _spectrum(change)
+
+class _Measures:
+    """The numbers of a row, from the tensors' rows, a run of them at a time."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape, self._size = shape, math.prod(shape)
+        self._matrix = len(shape) == 2 and self._size > 0
+        self._tall = self._matrix and self._size > _PIECE and shape[0] >= shape[1]
+        self._norm = self._original_norm = self._largest = self._step = 0.0
+        self._equal = self._kept = 0
+        self._change: Tensor | None = None
+        self._filled = 0
+        self._products: Tensor | None = None
+
+    def add(self, w: Tensor, w0: Tensor) -> None:
+        """Take in the next rows of both, as float32."""
+        import torch
+
+        change = w - w0
+        self._norm = math.hypot(self._norm, float(torch.linalg.vector_norm(change, dtype=torch.float64)))
+        self._original_norm = math.hypot(self._original_norm, float(torch.linalg.vector_norm(w0, dtype=torch.float64)))
+        self._equal += int((change == 0).sum())
+        self._largest = max(self._largest, float(change.abs().max()) if change.numel() else 0.0)
+        if not self._matrix:
+            return
+        self._kept += int((int4_codes(w)[0] == int4_codes(w0)[0]).sum())
+        self._step = max(self._step, _widest_step(change, w0))
+        if self._tall:
+            wide = change.double()
+            product = wide.T @ wide
+            self._products = product if self._products is None else self._products.add_(product)
+            return
+        if self._change is None:
+            self._change = change if change.shape == self._shape else change.new_empty(self._shape)
+        self._change[self._filled : self._filled + len(change)] = change
+        self._filled += len(change)
+
+    def found(self) -> dict[str, Any]:
+        """All of them, when all rows were taken in."""
+        found: dict[str, Any] = {"norm": self._norm, "original_norm": self._original_norm}
+        found |= {"equal": self._equal, "largest": self._largest}
+        if self._matrix:
+            found |= {"int4_kept": self._kept / self._size, "int4_step": self._step}
+        if self._matrix and self._largest:
+            values = self._singular()
             found |= {"stable_rank": stable_rank(values), "effective_rank": effective_rank(values)}
             found |= {"first": float(values[0]), "middle": float(values.median())}
             found["second"] = float(values[1]) if len(values) > 1 else 0.0
-    return found
+        return found
+
+    def _singular(self) -> Tensor:
+        """Singular values of D, largest first."""
+        import torch
+
+        products, change = self._products, self._change
+        if products is None:
+            assert change is not None
+            if self._size <= _PIECE:
+                return _spectrum(change)
+            products = torch.zeros(len(change), len(change), dtype=torch.float64, device=change.device)
+            for columns in torch.split(change, max(1, _PIECE // len(change)), dim=1):
+                products.addmm_(columns.double(), columns.double().T)
+        roots: Tensor = torch.linalg.eigvalsh(products).clamp_min(0).sqrt().flip(0)
+        return roots
 
 
 def _widest_step(change: Tensor, original: Tensor) -> float:
@@ -399,5 +497,5 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a number"

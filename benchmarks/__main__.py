@@ -21,7 +21,9 @@ from transformers.utils import logging
 
 from benchmarks.capture import bridge, capture
 from benchmarks.faults import faults, numerics
+from benchmarks.growth import growth
 from benchmarks.memory import memory
+from benchmarks.offload import SHAPES, offload
 from benchmarks.remind import remind
 from benchmarks.scan import scan
 from benchmarks.streaming import streaming
@@ -36,6 +38,8 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Line]]] = {
     "memory": memory,
     "faults": faults,
     "numerics": numerics,
+    "growth": growth,
+    "offload": offload,
 }
 
 
@@ -46,13 +50,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("benchmark-work"), help="where models are built and kept")
     parser.add_argument("--repeats", type=int, default=3, help="times each side runs")
     parser.add_argument("--small", action="store_true", help="little of everything, to see that it works")
+    parser.add_argument("--size", choices=SHAPES, default=Settings.size, help="of the model that memory does not hold")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
     given = parser.parse_args()
     if unknown := [name for name in given.names if name not in BENCHMARKS]:
         parser.error(f"no benchmark named {unknown[0]!r}: there are {', '.join(BENCHMARKS)}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    settings = Settings(given.work.resolve(), max(1, given.repeats), given.small)
+    settings = Settings(given.work.resolve(), max(1, given.repeats), given.small, given.size)
     settings.work.mkdir(parents=True, exist_ok=True)
     machine = _machine()
     lines: list[Line] = []

@@ -129,6 +129,74 @@ def memory(work: str, folder: str, out: str, rows: int, skip: list[str]) -> dict
     }
 
 
+def grown(folder: str, sets: dict[str, str], out: str) -> dict[str, Any]:
+    """Scan texts by instruments that score and continue all of them."""
+    from audit.case import Case, Options
+    from audit.inventory import take_inventory
+    from audit.loaders import SetSpec
+    from audit.scan import scan as run_scan
+
+    options = Options.parse({"budget": "thorough", "template": "plain", "only": "memorization,membership"}, "growth")
+    specs = {name: SetSpec(Path(path)) for name, path in sets.items()}
+    case = Case.build({"target": Path(folder)}, specs, options, "growth")
+    libraries()
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.perf_counter()
+    record = run_scan(case, Path(out))
+    seconds = time.perf_counter() - began
+    shutil.rmtree(out)
+    if failed := [row.reason for row in record.not_run]:
+        raise RuntimeError(f"the scan is incomplete: {failed}")
+    return {"peak": _peak(), "seconds": seconds, "parameters": take_inventory(Path(folder)).parameters}
+
+
+def inventoried(folder: str) -> dict[str, Any]:
+    """Take the inventory of a folder."""
+    from audit.inventory import take_inventory
+
+    began = time.perf_counter()
+    take_inventory(Path(folder))
+    return {"peak": _peak(), "seconds": time.perf_counter() - began}
+
+
+def compared(target: str, original: str) -> dict[str, Any]:
+    """Compare the weights of two folders."""
+    from audit.weights import compare
+
+    began = time.perf_counter()
+    rows = compare(Path(target), Path(original))
+    changed = sum(bool(row.largest) for row in rows)
+    detail = f"{changed} of {len(rows)} tensors differ"
+    return {"peak": _peak(), "seconds": time.perf_counter() - began, "detail": detail}
+
+
+def bounded(target: str, original: str, memory: str, work: str, out: str, small: bool) -> dict[str, Any]:
+    """Scan a model under a bound on memory."""
+    from audit.case import Case, Options
+    from audit.loaders import SetSpec
+    from audit.scan import scan as run_scan
+    from benchmarks.materials import demo_folder
+
+    names = ("forget", "retain", "holdout", "utility")
+    rows = 4 if small else 24
+    sets = {name: SetSpec(demo_folder(Path(work)) / "data" / f"{name}.jsonl", limit=rows) for name in names}
+    options = {"budget": "quick", "template": "plain", "dtype": "bfloat16", "memory": memory}
+    if small:
+        options["only"] = "knowledge,memorization,lens,weights,relearn,noise"
+    models = {"target": Path(target), "original": Path(original)}
+    case = Case.build(models, sets, Options.parse(options, "offload"), "offload")
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.perf_counter()
+    record = run_scan(case, Path(out))
+    seconds = time.perf_counter() - began
+    shutil.rmtree(out)
+    if failed := [f"{row.instrument}: {row.reason}" for row in record.not_run if row.failed]:
+        raise RuntimeError(f"the scan is incomplete: {failed}")
+    left_out = sum("stated memory" in row.reason for row in record.not_run)
+    detail = f"{len(record.findings)} findings, {left_out} instruments left out for want of memory"
+    return {"peak": _peak(), "seconds": seconds, "detail": detail}
+
+
 def streaming(count: int, kind: str, out: str) -> dict[str, Any]:
     """Peak memory with stories260k open, after capturing so many passages to disk, and after reading them once."""
     from audit.evidence import Evidence
@@ -187,6 +255,10 @@ if __name__ == "__main__":
         "streaming": streaming,
         "libraries": libraries,
         "opened": opened,
+        "grown": grown,
+        "inventoried": inventoried,
+        "compared": compared,
+        "bounded": bounded,
     }
     action = actions[sys.argv[1]]
     print(json.dumps(action(**json.loads(sys.argv[2]))))

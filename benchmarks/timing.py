@@ -38,11 +38,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a benchmark is run: where models are kept, how often each side, and whether only to see that it works."""
+    """How a benchmark is run: where models are kept, how often each side, and whether only to see that it works.
+
+    `size`: of the model that is larger than memory.
+    """
 
     work: Any
     repeats: int = 3
     small: bool = False
+    size: str = "0.5B"
 
 
 def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:

@@ -292,6 +292,7 @@ class CrossSequence(Attack):
     question = Question.REPRESENTATION
     access = Access.WEIGHTS
     sets = ("forget", "retain", "holdout")
+    copies = 1
     reference = _SOURCE
 
     def missing(self, case: Case) -> str | None:

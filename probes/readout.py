@@ -83,10 +83,9 @@ def unembedding(target: Target, tokens: Sequence[int]) -> tuple[torch.Tensor, to
     """The unembedding's rows for some tokens [k, width], and their biases [k]: float32, on the CPU."""
     import torch
 
-    head, chosen = target.model.get_output_embeddings(), list(tokens)
-    bias = getattr(head, "bias", None)
-    rows: torch.Tensor = head.weight.detach()[chosen].float().cpu()
-    return rows, torch.zeros(len(chosen)) if bias is None else bias.detach()[chosen].float().cpu()
+    head, chosen = target.weights_of(target.output_head), list(tokens)
+    rows, bias = head["weight"][chosen].float().cpu(), head.get("bias")
+    return rows, torch.zeros(len(chosen)) if bias is None else bias[chosen].float().cpu()
 
 
 def block_outputs(layers: Iterable[int]) -> Quantity:

@@ -31,7 +31,6 @@ Traps:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -167,7 +166,7 @@ class TunedLens(Instrument):
             return []
         forks, layers = compared(case, target), read_layers(target.layers)
         tokens = offered(forks)
-        reader = Reader(copy.deepcopy(target.final_norm).float().cpu(), *unembedding(target, tokens))
+        reader = Reader(target.apart(target.final_norm), *unembedding(target, tokens))
         extra = {"layers": layers, "tokens": tokens, "reader": reader}
         if "utility" in case.sets:
             forks["utility"] = decisions(case, target, "utility")

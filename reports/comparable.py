@@ -14,7 +14,7 @@ from audit.record import Finding, Record, SetEntry
 from reports import words
 from reports.comparison import Caveat, Mismatch
 
-_ELSEWHERE = ("seed", "device", "dtype", "only", "skip")
+_ELSEWHERE = ("seed", "device", "dtype", "only", "skip", "memory")
 """Options that the record holds in its environment too, or that choose instruments without changing them."""
 _Item = TypeVar("_Item")
 
@@ -57,6 +57,10 @@ def mismatches(a: Record, b: Record) -> Iterator[Mismatch]:
         if one != other:
             touches = "which instruments ran, and over how many findings a p-value is adjusted"
             yield _row(f"instruments: {what}", one, other, touches)
+    one, other = (_option(record.case.options.get("memory")) for record in (a, b))
+    if one != other:
+        touches = "which attacks ran; every number a little, about as much as the numeric noise of the audits"
+        yield _row("memory", one, other, touches)
     one, other = (", ".join(sorted(_unknown(x, y))) or "none" for x, y in ((b, a), (a, b)))
     if one != other:
         touches = "the findings of those; whatever their versions say, the tools were not quite the same"

@@ -201,7 +201,7 @@ def test_a_killed_run_resumes_and_nothing_is_served_wrongly(tiny, other, open_ta
 
     whole = Store(tmp_path / "whole", {"model": reader.digest})
     run(whole)
-    real, passes = Engine.run, 0
+    real, passes = Engine.run_whole, 0
 
     def dies(engine, batch):
         nonlocal passes
@@ -211,7 +211,7 @@ def test_a_killed_run_resumes_and_nothing_is_served_wrongly(tiny, other, open_ta
         return real(engine, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Engine, "run", dies)
+        patched.setattr(Engine, "run_whole", dies)
         with pytest.raises(KeyboardInterrupt):
             run(Store(tmp_path / "killed", {"model": reader.digest}))
     store = Store(tmp_path / "killed", {"model": reader.digest})

@@ -315,8 +315,8 @@ class Counted:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def read(self, name: str) -> torch.Tensor:
-        made = self._tensors[name].clone()
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        made = (self._tensors[name] if rows == slice(None) else self._tensors[name][rows]).clone()
         Counted.alive += 1
         Counted.most = max(Counted.most, Counted.alive)
         weakref.finalize(made, Counted._gone)
@@ -423,7 +423,9 @@ def test_a_scan_compares_once_and_measures_from_evidence(models, tmp_path, monke
     again, _ = _measure_all(resumed, captured(resumed))
     assert [f.model_dump_json() for f in again] == [f.model_dump_json() for f in found]
     notes = sorted(path.name for path in tmp_path.rglob("*.json"))
-    assert notes == [f"weights-1-{take_inventory(models['original']).digest}.json"], "no noise where none was measured"
+    assert notes == [f"weights-{comparison.FORMAT}-{take_inventory(models['original']).digest}.json"], (
+        "no noise where none was measured"
+    )
 
 
 def test_gguf_is_a_row_that_says_so(models, tmp_path, one_thread):

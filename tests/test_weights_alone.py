@@ -175,8 +175,8 @@ class Held:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        return self._tensors[name] if rows == slice(None) else self._tensors[name][rows]
 
 
 def rows_of(tensors: Named) -> list[TensorRow]:
