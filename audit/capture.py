@@ -19,7 +19,7 @@ import torch
 
 from audit.opened import OpenModel
 from audit.passes import Pass
-from audit.plan import Batch, Generate, Work
+from audit.plan import AnyRequest, Batch, Generate, Work
 from audit.quantities import TOKEN, View
 from audit.tokens import Drawn, Tokens, content_key
 
@@ -77,6 +77,10 @@ class Engine:
     def batches(self, works: Sequence[Work]) -> list[Batch]:
         """`works` packed for `run`; the same works give the same batches, which is what makes a scan repeatable."""
         return self.passes.batches(works, self.token_budget)
+
+    def forecast(self, requests: Sequence[AnyRequest]) -> str:  # noqa: ARG002
+        """What answering will cost, in words, where that is to be said before it begins."""
+        return ""
 
     def plain(self, tokens: Tokens) -> Arrays:
         """`TOKEN` for one sequence by the model's own forward pass: the reference all batching must equal."""
@@ -146,13 +150,20 @@ class Engine:
 
     def answer(self, request: Generate, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """What a request asks for of one of its batches: prompt after prompt, in each of its ways."""
+        rows, drawn = self.drawing(request, prompts)
+        return self.generate(rows, request.new_tokens, drawn, request.beams)
+
+    def drawing(
+        self, request: Generate, prompts: Sequence[tuple[int, ...]]
+    ) -> tuple[Sequence[tuple[int, ...]], Drawn | None]:
+        """The prompts to go on from, each as often as it is drawn from, and how it is drawn."""
         if not request.temperature:
-            return self.generate(prompts, request.new_tokens, beams=request.beams)
+            return prompts, None
         rows = [(prompt, i) for prompt in prompts for i in range(request.samples)]
         # What is drawn hangs on prompt and sample, not on the batch, nor on the temperature.
         keys = [f"{content_key(prompt)}/{i}/{request.seed}" for prompt, i in rows]
         seeds = tuple(int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) for key in keys)
-        return self.generate([p for p, _ in rows], request.new_tokens, Drawn(request.temperature, seeds))
+        return [p for p, _ in rows], Drawn(request.temperature, seeds)
 
 
 def _same(state: torch.Tensor) -> torch.Tensor:

@@ -15,14 +15,14 @@ import sys
 import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from audit.case import Case
-from audit.errors import AuditError, BadInput, Incomplete
+from audit.errors import AuditError, BadInput, Incomplete, NoAccess
 from audit.instrument import Access, Attack, Broken, Instrument, select
 from audit.inventory import Inventory, sees_images, take_inventory
 from audit.profile import Domain, Profile, fitting, shipped
@@ -46,6 +46,7 @@ from audit.verdict import KNOWLEDGE, conclude, judge
 
 if TYPE_CHECKING:
     from audit.capture import Engine
+    from audit.endpoint.address import Endpoint
     from audit.evidence import Evidence, Store
     from audit.opened import OpenModel
     from audit.plan import AnyRequest, Generate, Patched, Request, Weights
@@ -85,14 +86,34 @@ class _Run:
         cost.forward_tokens += tokens
 
 
-def take_inventories(case: Case, progress: Progress = SILENT) -> dict[str, Inventory]:
-    """The inventory of every model folder; raises `Refused` before anything of them is opened."""
-    found = {}
-    for role, path in case.models.items():
+def take_inventories(case: Case, progress: Progress = SILENT, answers: Path | None = None) -> dict[str, Inventory]:
+    """The inventory of every model; raises `Refused` before anything of a folder is opened.
+
+    `answers` is where those of endpoints are kept, each endpoint's in a folder of its own.
+    """
+    found: dict[str, Inventory] = {}
+    for role, place in case.models.items():
         with progress.step(f"inventory of {role}", 1) as tick:
-            found[role] = take_inventory(path)
+            found[role] = take_inventory(place) if isinstance(place, Path) else _probe(place, answers)
             tick(1)
     return found
+
+
+def _probe(endpoint: Endpoint, answers: Path | None) -> Inventory:
+    from audit.endpoint.client import Client
+    from audit.endpoint.probe import probe
+
+    client = Client(endpoint)
+    found = probe(client)
+    if answers is not None:
+        client.keep(answers / f"answers-{found.digest[:16]}")
+    return found
+
+
+def _seen(case: Case, inventories: Mapping[str, Inventory]) -> Case:
+    """The case at the access that all its models give."""
+    access = min(case.options.access, *(inventory.access for inventory in inventories.values()))
+    return replace(case, options=replace(case.options, access=access))
 
 
 def scan(
@@ -118,13 +139,15 @@ def scan(
         Incomplete: a pass through a model failed.
     """
     began = time.monotonic()
-    inventories = take_inventories(case, progress)
+    kept = evidence_folder or out / "evidence"
+    inventories = take_inventories(case, progress, kept)
+    case = _seen(case, inventories)
     for inventory in inventories.values():
         if sees_images(inventory.architecture) != (case.modality == "image"):
             held = "images" if case.modality == "image" else "no images"
             raise BadInput(f"{inventory.root}: {inventory.architecture} does not fit the sets, which hold {held}")
-    run = _Run(case, evidence_folder or out / "evidence", progress, *_choose(case))
-    run.limits += _limits(case)
+    run = _Run(case, kept, progress, *_choose(case))
+    run.limits += [*_limits(case), *(f"{role}: {said}" for role, i in inventories.items() for said in i.stated)]
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "case.toml", case.to_toml().encode())
     evidence = _capture_all(run, inventories, open_target)
@@ -223,7 +246,13 @@ def _capture_all(
 
 
 def _open(role: str, inventory: Inventory, **options: Any) -> OpenModel:
-    """The model of a folder, as what its architecture says it is."""
+    """The model of an inventory: behind an API, or of a folder, as what its architecture says it is."""
+    from audit.endpoint.probe import Probed
+
+    if isinstance(inventory, Probed):
+        from audit.endpoint.target import EndpointTarget
+
+        return EndpointTarget(role, inventory, **options)
     if sees_images(inventory.architecture):
         from audit.image_target import ImageTarget
 
@@ -235,7 +264,6 @@ def _open(role: str, inventory: Inventory, **options: Any) -> OpenModel:
 
 def _capture(run: _Run, target: OpenModel, evidence: Evidence, instruments: Sequence[Instrument]) -> None:
     """Ask the instruments what they need of this model, and run what the store does not hold."""
-    from audit.capture import Engine
     from audit.plan import Generate, Patched, Request, Weights
 
     requests: list[AnyRequest] = []
@@ -245,7 +273,7 @@ def _capture(run: _Run, target: OpenModel, evidence: Evidence, instruments: Sequ
     for instrument in instruments:
         began = time.monotonic()
         try:
-            wanted = list(instrument.requests(run.case, target))
+            wanted = [_within(run, instrument, target, r) for r in instrument.requests(run.case, target)]
             if run.case.options.access < Access.LOGPROBS and any(isinstance(r, Request) for r in wanted):
                 raise ValueError("asks for log-probabilities, and the audit has access to text only")
             for request in wanted:
@@ -266,7 +294,10 @@ def _capture(run: _Run, target: OpenModel, evidence: Evidence, instruments: Sequ
         return
     if store.damaged:
         run.limits.append(f"evidence of {target.role}: {len(store.damaged)} damaged blocks set aside, computed again")
-    engine = Engine(target)
+    engine = target.engine()
+    if forecast := engine.forecast(requests):
+        with run.progress.step(forecast, 1) as tick:
+            tick(1)
     try:
         _run_scores(run, target, store, engine, [r for r in requests if isinstance(r, Request)])
         _run_generations(run, target, store, engine, [r for r in requests if isinstance(r, Generate)])
@@ -285,6 +316,29 @@ def _capture(run: _Run, target: OpenModel, evidence: Evidence, instruments: Sequ
             evidence.add_texts(target.role, request.name, texts)
     if "+" not in target.role:
         evidence.noise[target.role] = _noise(store, engine, [r for r in requests if isinstance(r, Request)])
+
+
+def _within(run: _Run, instrument: Instrument, target: OpenModel, request: AnyRequest) -> AnyRequest:
+    """A request without what the model does not give. Raises NoAccess where the instrument cannot spare it."""
+    from audit.plan import Request
+
+    lacking = {q.name for q in request.quantities if not target.gives(q)} if isinstance(request, Request) else set()
+    if not lacking or not isinstance(request, Request):
+        return request
+    spared = {finding: q.name for finding, q in instrument.spares.items() if q.name in lacking}
+    if unspared := sorted(lacking - set(spared.values())):
+        raise NoAccess(
+            f"needs {', '.join(unspared)} of next-token distributions, which the {target.role} does not give"
+        )
+    for finding, name in spared.items():
+        row = NotRun(
+            instrument=f"{instrument.name}/{finding}",
+            question=instrument.question,
+            reason=f"needs {name} of next-token distributions, which the {target.role} does not give",
+        )
+        if row not in run.not_run:
+            run.not_run.append(row)
+    return replace(request, quantities=tuple(q for q in request.quantities if q.name not in lacking))
 
 
 def _store(run: _Run, target: OpenModel) -> Store:
