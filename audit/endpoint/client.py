@@ -254,7 +254,7 @@ class Client:
         try:
             with self._http.stream(method, self.endpoint.url + ask.path, content=data) as response:
                 content = self._content(response)
-                self._refuse_status(response, content)
+                self._refuse_status(ask, response, content)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise _Passing(f"cannot be reached ({type(error).__name__})") from None
         except httpx.TimeoutException:
@@ -264,7 +264,7 @@ class Client:
         except httpx.InvalidURL:
             raise BadInput(f"{self.endpoint.url!r}: no URL that can be asked") from None
         if self._key and len(self._key) >= _SECRET and self._key.encode() in content:
-            raise Declined(f"{self.endpoint.url}{ask.path}: its answer repeats the key: such an answer is not kept")
+            raise Incomplete(f"{self.endpoint.url}{ask.path}: its answer repeats the key: such an answer is not kept")
         try:
             answer = json.loads(content.decode("utf-8"), parse_constant=_no_number)
         except (ValueError, RecursionError):
@@ -287,12 +287,12 @@ class Client:
             parts.append(part)
         return b"".join(parts)
 
-    def _refuse_status(self, response: httpx.Response, content: bytes) -> None:
+    def _refuse_status(self, ask: Ask[Any], response: httpx.Response, content: bytes) -> None:
         status = response.status_code
         if status < 300:
             return
         said = self.scrubbed(_message(content))
-        where = f"{self.endpoint.url}{response.request.url.path.removeprefix(self._http.base_url.path)}"
+        where = f"{self.endpoint.url}{ask.path}"
         if status < 400:
             raise BadInput(f"{where}: sends elsewhere (HTTP {status}), which is not followed: give the URL itself")
         if status in (401, 403):
@@ -365,12 +365,21 @@ class _Ledger:
 
     def open(self, path: Path) -> None:
         """Go on from what an earlier run wrote; a line that it did not finish is not counted."""
-        self._path = path
+        before = self.used
         with suppress(OSError):
             for line in path.read_text("ascii", "replace").splitlines():
                 numbers = line.split()
                 if len(numbers) == 2 and all(number.isdecimal() for number in numbers):
                     self._used = [known + int(number) for known, number in zip(self._used, numbers, strict=True)]
+
+        self._path = path
+        self._write(before)
+
+    def _write(self, spent: tuple[int, int]) -> None:
+        if self._path is not None and any(spent):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="ascii") as file:
+                file.write(f"{spent[0]} {spent[1]}\n")
 
     def price(self, tokens: tuple[int, int]) -> float:
         return (tokens[0] * self._endpoint.input_price + tokens[1] * self._endpoint.output_price) / 1e6
@@ -404,10 +413,7 @@ class _Ledger:
         with self._lock:
             self._reserved = [known - less for known, less in zip(self._reserved, reserved, strict=True)]
             self._used = [known + more for known, more in zip(self._used, spent, strict=True)]
-            if self._path is not None and any(spent):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("a", encoding="ascii") as file:
-                    file.write(f"{spent[0]} {spent[1]}\n")
+            self._write(spent)
 
 
 def _canonical(value: Any) -> bytes:

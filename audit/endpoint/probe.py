@@ -35,6 +35,7 @@ from audit.tokens import Tokens
 
 _TEXT = "The old man walked to the house and said that it was a good day."
 _CANARY = 16
+_FEWEST_NAMES = 3
 _MOST_WHOLE = 1 << 13
 """A distribution over so many tokens is asked for whole, at some 90 bytes each."""
 
@@ -56,9 +57,9 @@ class Probed(Inventory):
     def stated(self) -> list[str]:
         """For the record: where the model is, and what could be asked of it."""
         can, endpoint = self.can, self.client.endpoint
+        why = "of which it tells none" if can.ids else "which are not sent to it as ids, or are counted as others"
         scores = {
-            "": "no log-probability of given tokens"
-            + ("" if endpoint.tokenizer else " (asked for only with a tokenizer)"),
+            "": f"no log-probability of given tokens, {why if endpoint.tokenizer else 'for want of a tokenizer'}",
             "prompt_logprobs": "log-probabilities of given tokens by prompt_logprobs",
             "echo": "log-probabilities of given tokens by echo",
             "forced": "log-probabilities of given tokens, each forced by a bias and reported before it",
@@ -181,22 +182,23 @@ def _whole(ask: Ask[Any]) -> Ask[Answer]:
 
 
 class _Names:
-    """The words of a tokenizer, to compare with a server's."""
+    """The words of a tokenizer, to compare with a server's; `ids`: a prompt of words from all over it."""
 
     def __init__(self, folder: Inventory) -> None:
         from audit.target import Target
 
         self.folder = folder
         self._tokenizer = Target("target", folder).tokenizer
-        self.ids = tuple(self._tokenizer(_TEXT)["input_ids"])
         self.size = len(self._tokenizer)
+        some = [i for i in range(0, self.size, max(1, self.size // 500)) if self._word(i).isalnum()]
+        start = self._tokenizer.bos_token_id
+        self.ids = (*(() if start is None else (start,)), *some[:: max(1, len(some) // _CANARY)][:_CANARY])
 
-    def compare(self, url: str, named: Iterable[tuple[int, str]]) -> int:
-        """How many words are the same; raises BadInput at the first that is another."""
-        same = 0
+    def compare(self, url: str, named: Iterable[tuple[int, str]]) -> None:
+        """Raises BadInput if a word is another there, or if too few are named to tell."""
+        same = set()
         for token, theirs in named:
-            ours = _plain(self._tokenizer.decode([token])) if token < self.size else ""
-            theirs = _plain(theirs)
+            ours, theirs = self._word(token), _plain(theirs)
             if not ours or not theirs or "�" in ours + theirs or theirs.startswith("<0x"):
                 continue  # parts of characters, and control tokens, are shown in many ways
             if ours != theirs:
@@ -204,8 +206,12 @@ class _Names:
                     f"{self.folder.root}: not the tokenizer of the model at {url}: token {token} is {ours[:40]!r} "
                     f"here and {theirs[:40]!r} there"
                 )
-            same += 1
-        return same
+            same.add(token)
+        if len(same) < _FEWEST_NAMES:
+            raise BadInput(f"{self.folder.root}: {url} names no tokens, so that it cannot be told to be its tokenizer")
+
+    def _word(self, token: int) -> str:
+        return _plain(self._tokenizer.decode([token])) if token < self.size else ""
 
 
 def _plain(word: str) -> str:
@@ -225,8 +231,7 @@ def _scores(client: Client, can: Capabilities, names: _Names) -> Capabilities:
         answer = _given(client, ask, field)
         if answer is None:
             continue
-        if names.compare(url, _named(answer, names.ids)) < 3:
-            raise BadInput(f"{names.folder.root}: {url} names no tokens, so that it cannot be told to be its tokenizer")
+        names.compare(url, _named(answer, names.ids))
         most = _most(client, wire, names) if scores == "prompt_logprobs" else (0, False)
         return replace(can, scores=scores, likeliest=most[0], whole=most[1])
     return _forced(client, can, names)
@@ -311,8 +316,7 @@ def _forced(client: Client, can: Capabilities, names: _Names) -> Capabilities:
             return can
         answer, place = found
         top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        if names.compare(url, [(int(row["id"]), str(row.get("token", ""))) for row in top]) < 3:
-            raise BadInput(f"{names.folder.root}: {url} names no tokens, so that it cannot be told to be its tokenizer")
+        names.compare(url, [(int(row["id"]), str(row.get("token", ""))) for row in top])
         second, logprob = place.likeliest[1]
         if not _reports_before_bias(client, wire, names.ids, second, logprob):
             return can

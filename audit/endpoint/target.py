@@ -108,9 +108,9 @@ class EndpointTarget(Target):
 
     def decode(self, ids: tuple[int, ...]) -> str:
         """Text of what the server wrote, or of a prompt."""
-        if ids and ids[0] < 0:
-            return "".join(chr(-1 - i) for i in ids)
-        return super().decode(ids)
+        if ids and ids[0] >= 0:
+            return super().decode(ids)
+        return "".join(chr(-1 - i) for i in ids)
 
     @property
     def context_length(self) -> int:
