@@ -24,7 +24,10 @@ from audit.terminal import out as _out
 from reports.commands import check, diff, keygen, note, sign, verify
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from audit.case import Case
+    from audit.endpoint.address import Endpoint
     from audit.fleet.file import Job
     from audit.fleet.shelf import Failure
     from audit.progress import Tick
@@ -129,11 +132,21 @@ def scan(
         OptionalPath, typer.Option(help="policy.toml: exit 1 if it fails, whatever --fail-on says")
     ] = None,
     emit_policy: Annotated[OptionalPath, typer.Option(help="write a policy: no worse than this audit")] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="audit a model behind an OpenAI-compatible API instead")
+    ] = None,
+    served: Annotated[str | None, typer.Option("--model", metavar="NAME", help="its name there")] = None,
+    api: Annotated[str | None, typer.Option(help="completions, chat or auto")] = None,
+    tokenizer: Annotated[OptionalPath, typer.Option(help="its tokenizer, for log-probabilities")] = None,
+    token_budget: Annotated[
+        int | None, typer.Option(min=1, help="tokens that it may be sent and write, in all")
+    ] = None,
 ) -> None:
-    """Audit a model folder: verdict, record.json and report.html."""
+    """Audit a model folder, or a model behind an API: verdict, record.json and report.html."""
     sets = {"forget": forget, "retain": retain, "holdout": holdout}
     sets |= {"neighbor": neighbor, "utility": utility, "suspects": suspects}
-    models = {"target": model, "original": original, "retrained": retrained}
+    behind = {"endpoint": endpoint, "model": served, "api": api, "tokenizer": tokenizer, "token_budget": token_budget}
+    models = {"target": _target(model, behind), "original": original, "retrained": retrained}
     options = {
         "only": only,
         "skip": skip,
@@ -146,6 +159,8 @@ def scan(
         "memory": memory,
     }
     built = _build_case(case, models, sets, columns, options)
+    if spike:
+        built.folder("target")  # copies of it are taught
     policies = {"policy": policy, "emit_policy": emit_policy}
     _audit(built, out, fail_on=fail_on, as_json=as_json, spike=spike, profile=profile, **policies)
 
@@ -182,9 +197,24 @@ def attack(
     _audit(built, out, fail_on=fail_on, as_json=as_json)
 
 
+def _target(folder: Path | None, behind: dict[str, Any]) -> Path | Endpoint | None:
+    """The model under audit as the flags name it: a folder, or an endpoint; None if the case is to say."""
+    from audit.endpoint.address import Endpoint
+    from audit.errors import BadInput
+
+    given = {
+        key: str(value) if isinstance(value, Path) else value for key, value in behind.items() if value is not None
+    }
+    if not given:
+        return folder
+    if folder is not None:
+        raise BadInput("a model folder and an endpoint: which of them is the target?")
+    return Endpoint.parse(given, "command line", Path())
+
+
 def _build_case(
     path: Path | None,
-    models: dict[str, Path | None],
+    models: Mapping[str, Path | Endpoint | None],
     sets: dict[str, str | None],
     columns: str | None,
     options: dict[str, Any],

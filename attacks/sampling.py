@@ -169,7 +169,7 @@ class Sampling(Instrument):
                 Generate(_request(name, t), prompts, length, samples=recipe.samples, temperature=t, seed=seed)
                 for t in recipe.temperatures
             ]
-            if recipe.beams > 1:
+            if recipe.beams > 1 and target.searches:
                 made.append(Generate(_request(name, "beam"), prompts, length, beams=recipe.beams))
         return made
 
@@ -192,7 +192,7 @@ class Sampling(Instrument):
         columns: dict[str, Callable[[str, str], Floats]] = {
             f"{k} at T = {t:g}": partial(drawn, t, k) for t in recipe.temperatures for k in recipe.ks
         }
-        if recipe.beams > 1:
+        if all(evidence.has(role, _request("forget", "beam")) for role in ROLES if role in case.models):
             columns[f"beam of {recipe.beams}"] = lambda role, name: hits(role, name, "beam", recipe.beams).clip(max=1.0)
 
         def score(role: str, name: str) -> Floats:

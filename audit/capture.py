@@ -21,7 +21,7 @@ from audit.errors import Incomplete
 from audit.memory import LOGITS, TOKENS, is_shortage
 from audit.opened import OpenModel
 from audit.passes import Pass
-from audit.plan import Batch, Generate, Work
+from audit.plan import AnyRequest, Batch, Generate, Work
 from audit.quantities import TOKEN, View
 from audit.tokens import Drawn, Tokens, content_key
 
@@ -121,6 +121,10 @@ class Engine:
         """`works` packed for `run`; the same works give the same batches, which is what makes a scan repeatable."""
         return self.passes.batches(works, self.token_budget)
 
+    def forecast(self, requests: Sequence[AnyRequest]) -> str:  # noqa: ARG002
+        """What answering will cost, in words, where that is to be said before it begins."""
+        return ""
+
     def plain(self, tokens: Tokens) -> Arrays:
         """`TOKEN` for one sequence by the model's own forward pass: the reference all batching must equal."""
         with torch.inference_mode():
@@ -205,13 +209,20 @@ class Engine:
         return self.halving(prompts, lambda part: self._answer(request, part), in_halves)
 
     def _answer(self, request: Generate, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        rows, drawn = self.drawing(request, prompts)
+        return self.generate(rows, request.new_tokens, drawn, request.beams)
+
+    def drawing(
+        self, request: Generate, prompts: Sequence[tuple[int, ...]]
+    ) -> tuple[Sequence[tuple[int, ...]], Drawn | None]:
+        """The prompts to go on from, each as often as it is drawn from, and how it is drawn."""
         if not request.temperature:
-            return self.generate(prompts, request.new_tokens, beams=request.beams)
+            return prompts, None
         rows = [(prompt, i) for prompt in prompts for i in range(request.samples)]
         # What is drawn hangs on prompt and sample, not on the batch, nor on the temperature.
         keys = [f"{content_key(prompt)}/{i}/{request.seed}" for prompt, i in rows]
         seeds = tuple(int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) for key in keys)
-        return self.generate([p for p, _ in rows], request.new_tokens, Drawn(request.temperature, seeds))
+        return [p for p, _ in rows], Drawn(request.temperature, seeds)
 
 
 def in_halves(items: Sequence[_Item]) -> tuple[Sequence[_Item], Sequence[_Item]] | None:

@@ -6,6 +6,7 @@
     target = "models/unlearned"
     original = "models/original"        # optional: before unlearning
     retrained = "models/retrained"      # optional: trained without the forget set
+    # a model behind an API: target = { endpoint = "http://127.0.0.1:8000/v1", model = "name" }
 
     [sets]
     forget = "data/forget.jsonl"        # or "full.jsonl?split=forget01&limit=40&preset=tofu"
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from audit.endpoint.address import Endpoint
 from audit.errors import BadInput
 from audit.instrument import Access
 from audit.loaders import Example, ExampleSet, SetSpec, load_set, oddities, overlaps, parse_set_spec
@@ -133,7 +135,7 @@ class Case:
     """What is audited, loaded and checked."""
 
     name: str
-    models: Mapping[str, Path]
+    models: Mapping[str, Path | Endpoint]
     specs: Mapping[str, SetSpec]
     sets: Mapping[str, ExampleSet]
     options: Options
@@ -159,6 +161,13 @@ class Case:
             kept.add(str(min(entities, key=sizes.__getitem__)))
         return tuple(e for e, c in zip(examples, clusters, strict=True) if c in kept)
 
+    def folder(self, role: str) -> Path:
+        """Where a role's model lies. Raises BadInput if it lies behind an API."""
+        place = self.models[role]
+        if isinstance(place, Endpoint):
+            raise BadInput(f"needs a model folder, and the {role} is behind an API ({place.url})")
+        return place
+
     @property
     def modality(self) -> str:
         """`image` if the sets hold images, else `text`."""
@@ -172,7 +181,7 @@ class Case:
     @classmethod
     def build(
         cls,
-        models: Mapping[str, Path],
+        models: Mapping[str, Path | Endpoint],
         specs: Mapping[str, SetSpec],
         options: Options,
         name: str = "",
@@ -200,7 +209,8 @@ class Case:
     def to_toml(self) -> str:
         """The case as resolved: absolute paths, every option."""
         lines = [f"name = {_toml(self.name)}", "", "[models]"]
-        lines += [f"{role} = {_toml(str(path.resolve()))}" for role, path in self.models.items()]
+        for role, place in self.models.items():
+            lines.append(f"{role} = {_toml(place.dump() if isinstance(place, Endpoint) else str(place.resolve()))}")
         lines += ["", "[sets]"]
         for name, spec in self.specs.items():
             table = {
@@ -217,7 +227,7 @@ class Case:
         return "\n".join(lines) + "\n"
 
 
-def read_case(path: Path) -> tuple[str, dict[str, Path], dict[str, SetSpec], dict[str, Any]]:
+def read_case(path: Path) -> tuple[str, dict[str, Path | Endpoint], dict[str, SetSpec], dict[str, Any]]:
     """Name, models, sets and raw options of a `case.toml`, paths resolved against its folder.
 
     Raises:
@@ -235,11 +245,14 @@ def read_case(path: Path) -> tuple[str, dict[str, Path], dict[str, SetSpec], dic
     for table in ("models", "sets", "options"):
         if not isinstance(raw.get(table, {}), dict):
             raise BadInput(f"{path}: [{table}] must be a table")
-    models: dict[str, Path] = {}
+    models: dict[str, Path | Endpoint] = {}
     for role, value in raw.get("models", {}).items():
-        if role not in ROLES or not isinstance(value, str):
+        if role not in ROLES or not isinstance(value, str | dict):
             raise BadInput(f"{path}: [models] {role} = {value!r}: a role is one of {', '.join(ROLES)}, a path a string")
-        models[role] = path.parent / value
+        if isinstance(value, dict):
+            models[role] = Endpoint.parse(value, f"{path}: [models] {role}", path.parent)
+        else:
+            models[role] = path.parent / value
     specs = parse_sets(raw.get("sets", {}), path)
     return str(raw.get("name", "")), models, specs, dict(raw.get("options", {}))
 

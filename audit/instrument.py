@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from audit.case import Case
     from audit.evidence import Arrays, Evidence
     from audit.plan import AnyRequest
+    from audit.quantities import Quantity
     from audit.tokens import Tokens
 
 GROUP = "palimpsest.instruments"
@@ -45,6 +46,7 @@ class Instrument(ABC):
         question: which of the five it answers.
         access: the least access it needs.
         withheld_below: findings that need more, by name, and how much; below that they are left out, and said to be.
+        spares: findings that need a quantity which not every interface gives, by name, and that quantity.
         sets: example sets it cannot do without.
         roles: models it cannot do without, besides the target.
         watches: attacks whose altered models it wants to see as well: `requests` is called for these too.
@@ -60,6 +62,7 @@ class Instrument(ABC):
     question: ClassVar[Question]
     access: ClassVar[Access] = Access.LOGPROBS
     withheld_below: ClassVar[Mapping[str, Access]] = {}
+    spares: ClassVar[Mapping[str, Quantity]] = {}
     sets: ClassVar[tuple[str, ...]] = ("forget",)
     roles: ClassVar[tuple[str, ...]] = ()
     watches: ClassVar[tuple[str, ...]] = ()

@@ -34,6 +34,7 @@ from audit.configuration import (
 from audit.disguises import refuse_by_name, refuse_disguised
 from audit.errors import BadInput, Refused
 from audit.gguf_header import read_gguf_header
+from audit.instrument import Access
 from audit.record import FileEntry, ModelEntry
 from audit.safetensors_header import SafetensorsHeader, read_safetensors_header, read_values
 from audit.strict_json import read_json
@@ -72,13 +73,23 @@ class Inventory:
     root: Path
     files: tuple[FileEntry, ...]  # sorted by path
     digest: str
-    format: Literal["safetensors", "gguf"]
+    format: Literal["safetensors", "gguf", "tokenizer", "endpoint"]
     architecture: str
     parameters: int  # elements of the floating (or quantized) tensors
     dtype: str  # that of most elements
     weight_files: tuple[str, ...]
     tokenizer_files: tuple[str, ...]  # all that shapes tokenization, the chat template included
     tensors: tuple[TensorInfo, ...]
+
+    @property
+    def access(self) -> Access:
+        """What can be seen of such a model."""
+        return Access.WEIGHTS
+
+    @property
+    def stated(self) -> list[str]:
+        """What the record says of it besides its entry, as limits of the audit."""
+        return []
 
     def to_entry(self, name: str) -> ModelEntry:
         """The record's entry for this model, under the name of its role."""
@@ -97,12 +108,15 @@ def sees_images(architecture: str) -> bool:
     return architecture.endswith("ForImageClassification")
 
 
-def take_inventory(folder: Path, progress: Callable[[int, int], None] | None = None) -> Inventory:
+def take_inventory(
+    folder: Path, progress: Callable[[int, int], None] | None = None, *, tokenizer_only: bool = False
+) -> Inventory:
     """List, check and hash a model folder, or a single `.gguf` file.
 
     Args:
         folder: the folder, or a `.gguf` file, taken as a folder that holds nothing else.
         progress: called with (bytes hashed, bytes in all) after each chunk.
+        tokenizer_only: weights, and what describes them, may be missing.
 
     Raises:
         BadInput: no such folder.
@@ -117,12 +131,14 @@ def take_inventory(folder: Path, progress: Callable[[int, int], None] | None = N
         if not is_file and not folder.is_dir():
             raise BadInput(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
         root = (folder.parent if is_file else folder).resolve()
-        return _take(root, [folder.name] if is_file else None, progress)
+        return _take(root, [folder.name] if is_file else None, progress, tokenizer_only)
     except OSError as error:
         raise Refused(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
 
 
-def _take(root: Path, names: list[str] | None, progress: Callable[[int, int], None] | None) -> Inventory:
+def _take(
+    root: Path, names: list[str] | None, progress: Callable[[int, int], None] | None, tokenizer_only: bool
+) -> Inventory:
     """The steps of an inventory: refuse by kind, name and first bytes before any content is interpreted."""
     listed = _list_files(root, names)
     sizes = {name: status.st_size for name, status in listed.items()}
@@ -140,9 +156,12 @@ def _take(root: Path, names: list[str] | None, progress: Callable[[int, int], No
 
     weights = [name for name in sizes if name.lower().endswith((".safetensors", ".gguf"))]
     tokenizer = _tokenizer_files(sizes)
-    kind = _weight_format(root, weights)
+    kind = "tokenizer" if tokenizer_only and not weights else _weight_format(root, weights)
     headers: dict[str, SafetensorsHeader] = {}
-    if kind == "gguf":
+    tensors: list[TensorInfo] = []
+    if kind == "tokenizer":
+        architecture, has_tokenizer = "", _has_tokenizer(tokenizer)
+    elif kind == "gguf":
         found = read_gguf_header(root / weights[0])
         tensors = [TensorInfo(*row, file=weights[0]) for row in found.tensors]
         architecture, has_tokenizer = found.architecture, found.tokens > 0
@@ -156,9 +175,10 @@ def _take(root: Path, names: list[str] | None, progress: Callable[[int, int], No
             for row in header.tensors
         ]
         architecture, has_tokenizer = _architecture(root, parsed), _has_tokenizer(tokenizer)
-    _check_index(root, parsed, weights, tensors)
-    if not tensors:
-        raise Refused(f"{root / weights[0]}: holds no tensors")
+    if kind != "tokenizer":
+        _check_index(root, parsed, weights, tensors)
+        if not tensors:
+            raise Refused(f"{root / weights[0]}: holds no tensors")
     if not has_tokenizer and not sees_images(architecture):
         what = "no tokenizer.ggml.tokens in its header" if kind == "gguf" else "no tokenizer, such as tokenizer.json"
         raise Refused(f"{root / weights[0] if kind == 'gguf' else root}: {what}")
@@ -186,7 +206,7 @@ def _take(root: Path, names: list[str] | None, progress: Callable[[int, int], No
         format=kind,
         architecture=architecture,
         parameters=sum(count for dtype, count in elements.items() if _is_floating(dtype)),
-        dtype=max(sorted(elements), key=elements.__getitem__),
+        dtype=max(sorted(elements), key=elements.__getitem__, default="unknown"),
         weight_files=tuple(weights),
         tokenizer_files=tuple(tokenizer),
         tensors=tuple(tensors),

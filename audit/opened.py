@@ -32,8 +32,10 @@ from audit.inventory import Inventory, take_inventory
 from audit.memory import Memory, physical
 
 if TYPE_CHECKING:
+    from audit.capture import Engine
     from audit.loaders import Example
     from audit.passes import Pass
+    from audit.quantities import Quantity
     from audit.tokens import Tokens
 
 
@@ -51,6 +53,8 @@ class OpenModel(ABC):
 
     factory: ClassVar[Any]
     """The auto class of transformers that reads such models."""
+    searches: ClassVar[bool] = True
+    """Can it be asked for the ends of a beam search?"""
 
     def __init__(
         self,
@@ -83,6 +87,16 @@ class OpenModel(ABC):
         Raises:
             BadInput: no such place in this architecture.
         """
+
+    def engine(self) -> Engine:
+        """What runs the plan's requests."""
+        from audit.capture import Engine
+
+        return Engine(self)
+
+    def gives(self, quantity: Quantity) -> bool:  # noqa: ARG002
+        """Can this be recorded of the model? All can, where its weights are at hand."""
+        return True
 
     @property
     @abstractmethod

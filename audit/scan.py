@@ -16,14 +16,14 @@ import time
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from audit.case import Case
-from audit.errors import AuditError, BadInput, Damaged, Incomplete
+from audit.errors import AuditError, BadInput, Damaged, Incomplete, NoAccess
 from audit.holding import held
 from audit.instrument import Access, Attack, Broken, Instrument, select
 from audit.inventory import Inventory, sees_images, take_inventory
@@ -50,6 +50,7 @@ from audit.verdict import KNOWLEDGE, conclude, judge
 
 if TYPE_CHECKING:
     from audit.capture import Engine
+    from audit.endpoint.address import Endpoint
     from audit.evidence import Evidence, Store
     from audit.opened import OpenModel
     from audit.plan import AnyRequest, Generate, Patched, Request, Weights
@@ -91,14 +92,34 @@ class _Run:
         cost.forward_tokens += tokens
 
 
-def take_inventories(case: Case, progress: Progress = SILENT) -> dict[str, Inventory]:
-    """The inventory of every model folder; raises `Refused` before anything of them is opened."""
-    found = {}
-    for role, path in case.models.items():
+def take_inventories(case: Case, progress: Progress = SILENT, answers: Path | None = None) -> dict[str, Inventory]:
+    """The inventory of every model; raises `Refused` before anything of a folder is opened.
+
+    `answers` is where those of endpoints are kept, each endpoint's in a folder of its own.
+    """
+    found: dict[str, Inventory] = {}
+    for role, place in case.models.items():
         with progress.step(f"inventory of {role}", 1) as tick:
-            found[role] = take_inventory(path)
+            found[role] = take_inventory(place) if isinstance(place, Path) else _probe(place, answers)
             tick(1)
     return found
+
+
+def _probe(endpoint: Endpoint, answers: Path | None) -> Inventory:
+    from audit.endpoint.client import Client
+    from audit.endpoint.probe import probe
+
+    client = Client(endpoint)
+    found = probe(client)
+    if answers is not None:
+        client.keep(answers / f"answers-{found.digest[:16]}")
+    return found
+
+
+def _seen(case: Case, inventories: Mapping[str, Inventory]) -> Case:
+    """The case at the access that all its models give."""
+    access = min(case.options.access, *(inventory.access for inventory in inventories.values()))
+    return replace(case, options=replace(case.options, access=access))
 
 
 def scan(
@@ -126,8 +147,10 @@ def scan(
         Incomplete: a pass through a model failed, or what it gave cannot be written.
     """
     began = time.monotonic()
+    kept = evidence_folder or out / "evidence"
     with held(out):
-        inventories = take_inventories(case, progress)
+        inventories = take_inventories(case, progress, kept)
+        case = _seen(case, inventories)
         for inventory in inventories.values():
             if sees_images(inventory.architecture) != (case.modality == "image"):
                 held_by_sets = "images" if case.modality == "image" else "no images"
@@ -137,8 +160,8 @@ def scan(
         _sweep(out, evidence_folder)
 
         def begin() -> _Run:
-            run = _Run(case, evidence_folder or out / "evidence", progress, *_choose(case))
-            run.limits += _limits(case)
+            run = _Run(case, kept, progress, *_choose(case))
+            run.limits += [*_limits(case), *(f"{role}: {said}" for role, i in inventories.items() for said in i.stated)]
             run.inventories = inventories
             return run
 
@@ -332,7 +355,13 @@ def _withdraw(run: _Run, target: OpenModel) -> None:
 
 
 def _open(role: str, inventory: Inventory, **options: Any) -> OpenModel:
-    """The model of a folder, as what its architecture says it is."""
+    """The model of an inventory: behind an API, or of a folder, as what its architecture says it is."""
+    from audit.endpoint.probe import Probed
+
+    if isinstance(inventory, Probed):
+        from audit.endpoint.target import EndpointTarget
+
+        return EndpointTarget(role, inventory, **options)
     if sees_images(inventory.architecture):
         from audit.image_target import ImageTarget
 
@@ -344,7 +373,6 @@ def _open(role: str, inventory: Inventory, **options: Any) -> OpenModel:
 
 def _capture(run: _Run, target: OpenModel, evidence: Evidence, instruments: Sequence[Instrument]) -> None:
     """Ask the instruments what they need of this model, and run what the store does not hold."""
-    from audit.capture import Engine
     from audit.plan import Generate, Patched, Request, Weights
 
     requests: list[AnyRequest] = []
@@ -354,7 +382,7 @@ def _capture(run: _Run, target: OpenModel, evidence: Evidence, instruments: Sequ
     for instrument in instruments:
         began = time.monotonic()
         try:
-            wanted = list(instrument.requests(run.case, target))
+            wanted = [_within(run, instrument, target, r) for r in instrument.requests(run.case, target)]
             if run.case.options.access < Access.LOGPROBS and any(isinstance(r, Request) for r in wanted):
                 raise ValueError("asks for log-probabilities, and the audit has access to text only")
             for request in wanted:
@@ -375,7 +403,10 @@ def _capture(run: _Run, target: OpenModel, evidence: Evidence, instruments: Sequ
         run.charge(instrument, time.monotonic() - began, tokens)
     if not requests and not patches:
         return
-    engine = Engine(target)
+    engine = target.engine()
+    if forecast := engine.forecast(requests):
+        with run.progress.step(forecast, 1) as tick:
+            tick(1)
     try:
         _run_scores(run, target, store, engine, [r for r in requests if isinstance(r, Request)])
         _run_generations(run, target, store, engine, [r for r in requests if isinstance(r, Generate)])
@@ -398,6 +429,29 @@ def _capture(run: _Run, target: OpenModel, evidence: Evidence, instruments: Sequ
             evidence.add_texts(target.role, request.name, texts)
     if "+" not in target.role:
         evidence.noise[target.role] = _noise(store, engine, [r for r in requests if isinstance(r, Request)])
+
+
+def _within(run: _Run, instrument: Instrument, target: OpenModel, request: AnyRequest) -> AnyRequest:
+    """A request without what the model does not give. Raises NoAccess where the instrument cannot spare it."""
+    from audit.plan import Request
+
+    lacking = {q.name for q in request.quantities if not target.gives(q)} if isinstance(request, Request) else set()
+    if not lacking or not isinstance(request, Request):
+        return request
+    spared = {finding: q.name for finding, q in instrument.spares.items() if q.name in lacking}
+    if unspared := sorted(lacking - set(spared.values())):
+        raise NoAccess(
+            f"needs {', '.join(unspared)} of next-token distributions, which the {target.role} does not give"
+        )
+    for finding, name in spared.items():
+        row = NotRun(
+            instrument=f"{instrument.name}/{finding}",
+            question=instrument.question,
+            reason=f"needs {name} of next-token distributions, which the {target.role} does not give",
+        )
+        if row not in run.not_run:
+            run.not_run.append(row)
+    return replace(request, quantities=tuple(q for q in request.quantities if q.name not in lacking))
 
 
 def _store(run: _Run, target: OpenModel) -> Store:

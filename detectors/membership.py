@@ -45,7 +45,7 @@ from __future__ import annotations
 import math
 import zlib
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -237,6 +237,7 @@ class Membership(Instrument):
     title = "Does the model give away what it was trained on?"
     question = Question.LEAKAGE
     access = Access.LOGPROBS
+    spares: ClassVar = {"min_k_plus_plus": MOMENTS}
     sets = ("forget", "holdout")
     reference = "MUSE (Shi et al. 2025, arXiv 2407.06460), section 3, and the attack of each finding"
 
@@ -266,8 +267,10 @@ class Membership(Instrument):
         clusters = {name: case.clusters(rows[name]) for name in rows}
         separable = bag_of_words_control(texts, clusters, seed=seed)
 
+        whole = all(MOMENTS in evidence.quantities(role, "forget/answer") for role in case.models)
+
         def values(role: str, name: str) -> list[Any]:
-            return evidence.scores(role, f"{name}/answer", "token", "moments")
+            return evidence.scores(role, f"{name}/answer", "token", *(["moments"] if whole else []))
 
         def compute(attack: str, role: str, name: str) -> NDArray[np.float64]:
             of_row: Any = {
@@ -289,7 +292,7 @@ class Membership(Instrument):
 
         contrast = partial(against_never_taught, self, case, evidence, auc=True, subtract=False)
         found: list[Finding] = []
-        for attack in ("loss", "zlib", "min_k", "min_k_plus_plus"):
+        for attack in ("loss", "zlib", "min_k", *(["min_k_plus_plus"] if whole else [])):
             extra = [separable, *retrained_control(case, partial(compute, attack))]
             found.append(contrast(STATISTICS[attack], partial(compute, attack), extra=extra))
         found.append(contrast(STATISTICS["recall"], recalled, rows=unprefixed, extra=[separable]))

@@ -32,6 +32,7 @@ Traps:
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -298,9 +299,16 @@ class Remind(Instrument):
     name = "remind"
     title = "Does the loss landscape remember?"
     question = Question.LEAKAGE
-    access = Access.WEIGHTS
+    access = Access.LOGPROBS
     sets = ("forget", "retain", "holdout")
     reference = _SOURCE
+
+    def missing(self, case: Case) -> str | None:
+        """Needs to know which tokens are near each other: of a folder the weights tell, and of nothing less."""
+        lacking = super().missing(case)
+        if lacking is None and case.options.access < Access.WEIGHTS and isinstance(case.models["target"], Path):
+            return "needs the embeddings of tokens, the audit has no access to weights"
+        return lacking
 
     def requests(self, case: Case, target: Target) -> list[Request]:
         """Every text and its 15 neighbours; neighbours of one answer share their prompt's computation."""

@@ -133,7 +133,7 @@ class Restoration(Attack):
             return []
         from audit.inventory import take_inventory
 
-        options, original = case.options, take_inventory(case.models["original"]).digest
+        options, original = case.options, take_inventory(case.folder("original")).digest
         sets = ",".join(case.sets[name].digest for name in (*_COMPARED, "utility") if name in case.sets)
         used = f"{_layers(case, target)}/{_BUDGETS[options.budget.value]}/{AMPLIFIED}/{options.seed}/{options.dtype}"
         return [Stage(_STAGE, f"{used}/{options.budget}/{sets}/{original}")]
@@ -268,7 +268,7 @@ def _original(case: Case, target: ImageTarget) -> ImageTarget:
     from audit.image_target import ImageTarget
     from audit.inventory import take_inventory
 
-    inventory = take_inventory(case.models["original"])
+    inventory = take_inventory(case.folder("original"))
     original = ImageTarget("original", inventory, device=str(target.device), dtype=target.dtype)
     if original.layers != target.layers:
         raise BadInput(f"the original has {original.layers} blocks, the {target.role} model {target.layers}")
