@@ -45,6 +45,10 @@ app.command()(note)
 app.command()(keygen)
 
 OptionalPath = Path | None
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(help="FILE:REASON, a file that would be refused and is let pass; the refusal says it; repeatable"),
+]
 SetOption = Annotated[
     str | None,
     typer.Option(help="PATH or PATH?key=value&…: limit, offset, preset, columns, passage_words; others filter rows"),
@@ -113,6 +117,7 @@ def scan(
         OptionalPath, typer.Option(help="policy.toml: exit 1 if it fails, whatever --fail-on says")
     ] = None,
     emit_policy: Annotated[OptionalPath, typer.Option(help="write a policy: no worse than this audit")] = None,
+    allow: Allow = None,
 ) -> None:
     """Audit a model folder: verdict, record.json and report.html."""
     sets = {"forget": forget, "retain": retain, "holdout": holdout}
@@ -127,6 +132,7 @@ def scan(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "allow": allow or None,
     }
     built = _build_case(case, models, sets, columns, options)
     policies = {"policy": policy, "emit_policy": emit_policy}
@@ -148,6 +154,7 @@ def attack(
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     fail_on: Annotated[str, typer.Option()] = "evidence",
     as_json: Annotated[bool, typer.Option("--json")] = False,
+    allow: Allow = None,
 ) -> None:
     """Run one attack alone, as a scan would."""
     from audit.errors import BadInput
@@ -157,7 +164,7 @@ def attack(
         raise BadInput(f"{name!r} is no attack (see `audit list`); run it with `audit scan --only {name}`")
     sets = {"forget": forget, "retain": retain, "holdout": holdout}
     models = {"target": model, "original": original, "retrained": retrained}
-    options = {"only": name, "budget": budget, "seed": seed}
+    options = {"only": name, "budget": budget, "seed": seed, "allow": allow or None}
     _audit(_build_case(case, models, sets, None, options), out, fail_on=fail_on, as_json=as_json)
 
 
@@ -334,13 +341,15 @@ def list_instruments(as_json: Annotated[bool, typer.Option("--json")] = False) -
 def inventory(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR")],
     as_json: Annotated[bool, typer.Option("--json")] = False,
+    allow: Allow = None,
 ) -> None:
     """What lies in a model folder: digests, formats, refusals. Opens nothing."""
     from rich.table import Column, Table
 
     from audit.inventory import take_inventory
 
-    entry = take_inventory(model).to_entry(model.name)
+    found = take_inventory(model, allow=allow or ())
+    entry = found.to_entry(model.name)
     if as_json:
         sys.stdout.write(entry.model_dump_json(indent=2) + "\n")
         return
@@ -353,6 +362,8 @@ def inventory(
     for file in entry.files:
         table.add_row(file.path, f"{file.size:,}", file.sha256)
     _out.print(table)
+    for limit in found.limits:
+        _out.print(limit, markup=False, highlight=False, soft_wrap=True)
     _out.print(f"digest {entry.digest}", highlight=False)
 
 
@@ -465,6 +476,7 @@ access = "weights"                          # text | logprobs | weights: what yo
 template = "auto"                           # auto | chat | qa | plain, or text with {prompt}
 # only = ["knowledge", "relearn"]
 # skip = ["remind"]
+# allow = ["training_args.bin:pickle"]      # files that would be refused and are let pass; the refusal says how
 """
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -32,6 +32,7 @@ import numpy as np
 
 from audit.errors import BadInput
 from audit.instrument import Access
+from audit.inventory import Inventory, take_inventory
 from audit.loaders import Example, ExampleSet, SetSpec, load_set, oddities, overlaps, parse_set_spec
 
 ROLES = ("target", "original", "retrained")
@@ -63,6 +64,7 @@ class Options:
         device: auto, cpu or cuda.
         dtype: float32, bfloat16 or float16.
         only, skip: instruments by name.
+        allow: files of a model folder that are let pass, and why, see `audit.allowed`.
     """
 
     seed: int = 0
@@ -73,6 +75,7 @@ class Options:
     dtype: str = "float32"
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], where: str) -> Options:
@@ -89,7 +92,7 @@ class Options:
         """As plain values, for the record."""
         raw = {f.name: getattr(self, f.name) for f in fields(self)}
         raw |= {"budget": self.budget.value, "access": self.access.name.lower()}
-        return raw | {"only": ",".join(self.only), "skip": ",".join(self.skip)}
+        return raw | {name: ",".join(raw[name]) for name in ("only", "skip", "allow")}
 
 
 def _option(key: str, value: Any, where: str) -> Any:
@@ -107,7 +110,7 @@ def _option(key: str, value: Any, where: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise BadInput(f"{where}: seed {value!r} is no whole number of at least 0")
         return value
-    if key in ("only", "skip"):
+    if key in ("only", "skip", "allow"):
         names = [name for name in value.split(",") if name] if isinstance(value, str) else value
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise BadInput(f"{where}: {key} {value!r} is no list of names")
@@ -129,6 +132,10 @@ class Case:
     sets: Mapping[str, ExampleSet]
     options: Options
     notes: tuple[str, ...] = field(default=())
+
+    def inventory(self, role: str, progress: Callable[[int, int], None] | None = None) -> Inventory:
+        """What lies in a model's folder, by `take_inventory`, with the exceptions of this case."""
+        return take_inventory(self.models[role], progress, self.options.allow)
 
     def rows(self, name: str, limit: int | None = None) -> tuple[Example, ...]:
         """The rows of a set that the budget (or `limit`) allows: whole entities drawn by seed, in file order."""

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from audit.case import Case
-from audit.errors import AuditError, BadInput, Incomplete
+from audit.errors import AuditError, BadInput, Incomplete, Refused
 from audit.instrument import Access, Attack, Broken, Instrument, select
-from audit.inventory import Inventory, sees_images, take_inventory
+from audit.inventory import Inventory, sees_images
+from audit.offline import network_closed
 from audit.profile import Domain, Profile, fitting, shipped
 from audit.progress import SILENT, Progress
 from audit.record import (
@@ -70,7 +71,12 @@ class _Run:
     inventories: dict[str, Inventory] = field(default_factory=dict)
 
     def drop(self, instrument: Instrument, error: Exception) -> None:
-        """Take a failed instrument out of the scan: a row in `not_run`, never an absence."""
+        """Take a failed instrument out of the scan: a row in `not_run`, never an absence.
+
+        A model folder that turns out unsafe is no instrument's fault: it ends the scan.
+        """
+        if isinstance(error, Refused):
+            raise error
         self.instruments = [i for i in self.instruments if i is not instrument]
         reason = str(error) if isinstance(error, AuditError) else f"{type(error).__name__}: {error}"
         failed = not isinstance(error, AuditError)
@@ -88,9 +94,9 @@ class _Run:
 def take_inventories(case: Case, progress: Progress = SILENT) -> dict[str, Inventory]:
     """The inventory of every model folder; raises `Refused` before anything of them is opened."""
     found = {}
-    for role, path in case.models.items():
+    for role in case.models:
         with progress.step(f"inventory of {role}", 1) as tick:
-            found[role] = take_inventory(path)
+            found[role] = case.inventory(role)
             tick(1)
     return found
 
@@ -125,10 +131,15 @@ def scan(
             raise BadInput(f"{inventory.root}: {inventory.architecture} does not fit the sets, which hold {held}")
     run = _Run(case, evidence_folder or out / "evidence", progress, *_choose(case))
     run.limits += _limits(case)
+    run.limits += [f"{role}: {limit}" for role, inventory in inventories.items() for limit in inventory.limits]
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "case.toml", case.to_toml().encode())
-    evidence = _capture_all(run, inventories, open_target)
-    findings, examples = _measure_all(run, evidence)
+    with network_closed() as attempts:
+        evidence = _capture_all(run, inventories, open_target)
+        findings, examples = _measure_all(run, evidence)
+    run.limits += [f"the network was closed, and something tried to reach {where}" for where in attempts]
+    for inventory in inventories.values():
+        inventory.refuse_changes()
     models = {role: inventory.to_entry(case.models[role].name) for role, inventory in inventories.items()}
     profile, misfits = fitting(_domain(case, findings, models), shipped() if profiles is None else profiles)
     if profile is not None and (unmeasured := profile.unmeasured(findings)):

@@ -187,6 +187,11 @@ class Target(OpenModel):
         end = len(ids)
         while end > 1 and specials[end - 1] and ids[end - 1] == self.tokenizer.eos_token_id:
             end -= 1
+        if ids and (largest := max(ids)) >= self.vocabulary:  # on a GPU no reading fails so late, or so badly
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise BadInput(
+                f"{self.inventory.root}: no row for the token {str(token)[:40]!r} ({largest}), in {text[:40]!r}"
+            )
         return tuple(map(self._numbers.setdefault, ids[:end], ids)), offsets
 
     def decode(self, ids: tuple[int, ...]) -> str:
@@ -202,12 +207,17 @@ class Target(OpenModel):
 
     def _any_start(self) -> int:
         tokenizer = self.tokenizer
-        return _first(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        return self._first(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
     @property
     def padding_id(self) -> int:
         """A token to pad generation prompts with; it is masked out."""
-        return _first(self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+        tokenizer = self.tokenizer
+        return self._first(tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+    def _first(self, *tokens: int | None) -> int:
+        """The first of these that there is, and that the model has a row for."""
+        return next((int(token) for token in tokens if token is not None and token < self.vocabulary), 0)
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -370,10 +380,6 @@ class _Draw:
         # In float32 one draw in 2^24 would be exactly 0, and its token certain.
         rows = [torch.empty(scores.shape[1], dtype=torch.float64).exponential_(generator=g) for g in self._random]
         return scores / self._temperature - torch.stack(rows).log().to(scores)
-
-
-def _first(*tokens: int | None) -> int:
-    return next((int(token) for token in tokens if token is not None), 0)
 
 
 PARTS = ("embed", "blocks", "ln_final", "attn", "mlp")
