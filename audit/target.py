@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, PreTrainedTokenizerFast
 
-from audit.errors import BadInput
+from audit.errors import BadInput, Refused
 from audit.finetune import text_loss
 from audit.inventory import Inventory
 from audit.opened import OpenModel, quiet
+from audit.rendering import Renderer
 from audit.tokens import Drawn, Tokens, common_prefix
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class Target(OpenModel):
             backend.encode_special_tokens = self.tokenizer.split_special_tokens
         if template == "chat" and not self.tokenizer.chat_template:
             raise BadInput(f"{inventory.root}: template 'chat' asked for, but the tokenizer has none")
+        self.context(_PROBE)  # a chat template that never ends is told here, not amid a scan; views share its process
 
     def _as_stored(self) -> bool:
         """Does the tokenizer split text as the folder's own `tokenizer.json` does?
@@ -86,8 +89,18 @@ class Target(OpenModel):
         stored = Tokenizer.from_file(str(path))
         words = sorted(stored.get_vocab())
         probe = " ".join([_PROBE, *words[:: max(1, len(words) // 40)]])
-        loaded = self.tokenizer.backend_tokenizer.encode(probe, add_special_tokens=False).ids
-        return bool(stored.encode(probe, add_special_tokens=False).ids == loaded)
+        loaded = self._split(self.tokenizer.backend_tokenizer, probe, special=False).ids
+        return bool(self._split(stored, probe, special=False).ids == loaded)
+
+    def _split(self, backend: Tokenizer, text: str, *, special: bool) -> Encoding:
+        """What a fast tokenizer makes of a text. Its patterns give up after ten million steps, and it then panics."""
+        try:
+            return backend.encode(text, add_special_tokens=special)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # which is no Exception, and has no other name
+                raise
+            reason = f"its tokenizer gives up on {text[:40]!r} ({str(error)[:80]})"
+            raise Refused(f"{self.inventory.root}: {reason}", "audit the model with a tokenizer that works") from None
 
     def passes(self, share: bool) -> TextPass:
         """Packed batches, with common beginnings computed once."""
@@ -110,11 +123,16 @@ class Target(OpenModel):
         if template == "auto":
             template = "chat" if self.tokenizer.chat_template else "qa" if prompt.rstrip().endswith("?") else "plain"
         if template == "chat":
-            message = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            return str(text), "", False
+            return self._renderer.render(prompt), "", False
         form = {"qa": _QA, "plain": "{prompt}"}.get(template, template)
         return form.replace("{prompt}", prompt.rstrip()), " ", True
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        names = {file.path for file in self.inventory.files}
+        places = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json", *self.inventory.weight_files)
+        file = self.inventory.root / next(name for name in places if name in names)
+        return Renderer(file, self.tokenizer.get_chat_template(), self.tokenizer.special_tokens_map)
 
     def encode(self, prompt: str, answer: str) -> Tokens:
         """Tokenize prompt and answer together; scored is every token that carries a part of the answer.
@@ -179,7 +197,7 @@ class Target(OpenModel):
         """
         offsets: list[tuple[int, int]] | None = None
         if self.tokenizer.is_fast:
-            found = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=special)
+            found = self._split(self.tokenizer.backend_tokenizer, text, special=special)
             ids, specials, offsets = found.ids, found.special_tokens_mask, found.offsets
         else:
             encoded = self.tokenizer(text, add_special_tokens=special, return_special_tokens_mask=True, verbose=False)
