@@ -55,6 +55,10 @@ app.command()(keygen)
 _INTERRUPTED = 130
 
 OptionalPath = Path | None
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(help="FILE:REASON, a file that would be refused and is let pass; the refusal says it; repeatable"),
+]
 SetOption = Annotated[
     str | None,
     typer.Option(help="PATH or PATH?key=value&…: limit, offset, preset, columns, passage_words; others filter rows"),
@@ -141,6 +145,7 @@ def scan(
     token_budget: Annotated[
         int | None, typer.Option(min=1, help="tokens that it may be sent and write, in all")
     ] = None,
+    allow: Allow = None,
 ) -> None:
     """Audit a model folder, or a model behind an API: verdict, record.json and report.html."""
     sets = {"forget": forget, "retain": retain, "holdout": holdout}
@@ -157,6 +162,7 @@ def scan(
         "device": device,
         "dtype": dtype,
         "memory": memory,
+        "allow": allow or None,
     }
     built = _build_case(case, models, sets, columns, options)
     if spike:
@@ -180,6 +186,7 @@ def attack(
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     fail_on: Annotated[str, typer.Option()] = "evidence",
     as_json: Annotated[bool, typer.Option("--json")] = False,
+    allow: Allow = None,
 ) -> None:
     """Run one attack alone, as a scan would."""
     from audit.errors import BadInput
@@ -190,7 +197,7 @@ def attack(
         raise BadInput(f"{name!r} is no attack (see `audit list`); run it with `audit scan --only {name}`")
     sets = {"forget": forget, "retain": retain, "holdout": holdout}
     models = {"target": model, "original": original, "retrained": retrained}
-    options = {"only": name, "budget": budget, "seed": seed}
+    options = {"only": name, "budget": budget, "seed": seed, "allow": allow or None}
     built = _build_case(case, models, sets, None, options)
     if reason := asked.missing(built):
         raise BadInput(f"{name}: {reason}")
@@ -445,13 +452,15 @@ def list_instruments(as_json: Annotated[bool, typer.Option("--json")] = False) -
 def inventory(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR")],
     as_json: Annotated[bool, typer.Option("--json")] = False,
+    allow: Allow = None,
 ) -> None:
     """What lies in a model folder: digests, formats, refusals. Opens nothing."""
     from rich.table import Column, Table
 
     from audit.inventory import take_inventory
 
-    entry = take_inventory(model).to_entry(model.name)
+    found = take_inventory(model, allow=allow or ())
+    entry = found.to_entry(model.name)
     if as_json:
         sys.stdout.write(entry.model_dump_json(indent=2) + "\n")
         return
@@ -464,6 +473,8 @@ def inventory(
     for file in entry.files:
         table.add_row(file.path, f"{file.size:,}", file.sha256)
     _out.print(table)
+    for limit in found.limits:
+        _out.print(limit, markup=False, highlight=False, soft_wrap=True)
     _out.print(f"digest {entry.digest}", highlight=False)
 
 
@@ -577,6 +588,7 @@ template = "auto"                           # auto | chat | qa | plain, or text 
 # memory = "8GB"                            # a bound; weights that do not fit in it are read in parts
 # only = ["knowledge", "relearn"]
 # skip = ["remind"]
+# allow = ["training_args.bin:pickle"]      # files that would be refused and are let pass; the refusal says how
 """
 
 

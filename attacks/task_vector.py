@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 from attacks.alteration import Alteration, Altering
 from audit.case import Case
 from audit.contrast import Statistic
-from audit.inventory import take_inventory
 
 if TYPE_CHECKING:
     import torch
@@ -66,9 +65,9 @@ class TaskVector(Altering):
     def alterations(self, case: Case, target: OpenModel) -> list[Alteration]:  # noqa: ARG002
         """A quarter beyond, a quarter back, half back."""
         parts = (0.25,) if case.options.budget.value == "quick" else (-0.25, 0.25, 0.5)
-        digest = take_inventory(case.folder("original")).digest
+        digest = case.inventory("original").digest
         return [Alteration(f"{t:+g}", partial(_apply, case=case, part=t), f"{t}/{digest}") for t in parts]
 
 
 def _apply(target: OpenModel, case: Case, part: float) -> None:
-    walk_back(target.model, target.beside("original", case.folder("original")).model, part)
+    walk_back(target.model, target.beside("original", case.inventory("original")).model, part)

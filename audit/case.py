@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +34,7 @@ import numpy as np
 from audit.endpoint.address import Endpoint
 from audit.errors import BadInput
 from audit.instrument import Access
+from audit.inventory import Inventory, take_inventory
 from audit.loaders import Example, ExampleSet, SetSpec, load_set, oddities, overlaps, parse_set_spec
 from audit.memory import parse_bytes
 
@@ -67,6 +68,7 @@ class Options:
         dtype: float32, bfloat16 or float16.
         only, skip: instruments by name.
         memory: bytes that the audit may take, see `audit.memory`; None: as many as it needs.
+        allow: files of a model folder that are let pass, and why, see `audit.allowed`.
     """
 
     seed: int = 0
@@ -78,6 +80,7 @@ class Options:
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     memory: int | None = None
+    allow: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], where: str) -> Options:
@@ -94,7 +97,7 @@ class Options:
         """As plain values, for the record; a bound on memory only where there is one."""
         raw = self.said()
         raw |= {"budget": self.budget.value, "access": self.access.name.lower()}
-        return raw | {"only": ",".join(self.only), "skip": ",".join(self.skip)}
+        return raw | {name: ",".join(raw[name]) for name in ("only", "skip", "allow")}
 
     def said(self) -> dict[str, Any]:
         """All options that say something, by name."""
@@ -118,7 +121,7 @@ def _option(key: str, value: Any, where: str) -> Any:
         return value
     if key == "memory":
         return None if value is None else parse_bytes(value, where)
-    if key in ("only", "skip"):
+    if key in ("only", "skip", "allow"):
         names = [name for name in value.split(",") if name] if isinstance(value, str) else value
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise BadInput(f"{where}: {key} {value!r} is no list of names")
@@ -140,6 +143,10 @@ class Case:
     sets: Mapping[str, ExampleSet]
     options: Options
     notes: tuple[str, ...] = field(default=())
+
+    def inventory(self, role: str, progress: Callable[[int, int], None] | None = None) -> Inventory:
+        """What lies in a model's folder, by `take_inventory`, with the exceptions of this case."""
+        return take_inventory(self.folder(role), progress, self.options.allow)
 
     def rows(self, name: str, limit: int | None = None) -> tuple[Example, ...]:
         """The rows of a set that the budget (or `limit`) allows: whole entities drawn by seed, in file order."""

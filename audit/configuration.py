@@ -16,6 +16,8 @@ _MAX_TEMPLATE = 1 << 20  # the longest chat templates in use take some 20 kB
 _MAX_PATTERN = 4096  # the longest pre-tokenizer in use takes some 600 characters
 _MAX_GROWTH = 4096  # how often longer normalizing may make a text
 _MAX_TOKENS = 1 << 24
+_RETOKENIZE = "audit the model with the tokenizer it was trained with"
+_RESIZE = "remove those tokens, or give the model rows for them"
 
 _ADDRESS = re.compile(r"\s*([a-z][a-z0-9+.-]*://|\\\\[^\\])", re.I | re.A)
 # What leads from any object to the interpreter; no chat template needs it.
@@ -29,27 +31,39 @@ _DTYPES = re.compile(r"(torch\.)?(auto|half|float|double|bool|b?float\d+|u?int\d
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 
 
+def refuse_own_code(path: Path, value: Any) -> None:
+    """Refuse a configuration that names classes of the folder's own code, at any depth."""
+    if any(key == "auto_map" and item not in (None, False) for key, item in _pairs(value)):
+        raise Refused(
+            f"{path}: custom code, which an audit never runs (auto_map)",
+            "save the model as a class that transformers has",
+            "auto_map",
+        )
+
+
 def refuse_code(path: Path, value: Any) -> None:
-    """Refuse any configuration key, however deep, that makes a loader load code, other files or foreign weights."""
+    """Refuse any other configuration key, however deep, that makes a loader load code, other files or weights."""
     for key, item in _pairs(value):
-        if key in ("auto_map", "trust_remote_code", "custom_pipelines") and item not in (None, False):
-            raise Refused(f"{path}: custom code, which an audit never runs ({key})")
+        if key in ("trust_remote_code", "custom_pipelines") and item not in (None, False):
+            raise Refused(f"{path}: custom code, which an audit never runs ({key})", f"remove {key}")
         texts = item.values() if isinstance(item, dict) else [item]
         if "_implementation" in key and any(isinstance(text, str) and "/" in text for text in texts):
             # attn_implementation = "someone/kernel": transformers fetches that from the Hub and runs it.
-            raise Refused(f"{path}: custom code, which an audit never runs ({key[:80]!r} names a repository)")
+            raise Refused(
+                f"{path}: custom code, which an audit never runs ({key[:80]!r} names a repository)", f"remove {key}"
+            )
         if key in ("transformers_weights", "fast_tokenizer_files") and item is not None:
-            raise Refused(f"{path}: {key} makes transformers load other files than the usual ones")
+            raise Refused(f"{path}: {key} makes transformers load other files than the usual ones", f"remove {key}")
         if key == "class_name" and item in ("Lambda", "__lambda__"):
-            raise Refused(f"{path}: a Keras Lambda layer, which is code that an audit never runs")
+            raise Refused(f"{path}: a Keras Lambda layer, which is code that an audit never runs", "remove it")
         if key in ("py/object", "py/reduce", "py/function", "py/type"):
-            raise Refused(f"{path}: {key} makes jsonpickle load Python objects, which can run code")
+            raise Refused(f"{path}: {key} makes jsonpickle load Python objects, which can run code", f"remove {key}")
         if key in ("use_pretrained_backbone", "base_model_name_or_path") and item not in (None, False, ""):
-            raise Refused(f"{path}: {key} makes a loader fetch another model: audit a folder that is whole")
+            raise Refused(f"{path}: {key} makes a loader fetch another model", "audit a folder that is whole")
     for key in ("dtype", "torch_dtype"):  # deeper down, quantizers have names of their own
         item = value.get(key) if isinstance(value, dict) else None
         if isinstance(item, str) and not _DTYPES.fullmatch(item):
-            raise Refused(f"{path}: {key} names no data type: {item[:40]!r}")
+            raise Refused(f"{path}: {key} names no data type ({item[:40]!r})", "name one, such as float32")
 
 
 def refuse_addresses(path: Path, value: Any) -> None:
@@ -57,7 +71,7 @@ def refuse_addresses(path: Path, value: Any) -> None:
     for key, item in _pairs(value):
         for text in item if isinstance(item, list) else [item]:
             if isinstance(text, str) and _ADDRESS.match(text):
-                raise Refused(f"{path}: {key[:80]!r} points to the network ({text[:80]!r}): remove it")
+                raise Refused(f"{path}: {key[:80]!r} points to the network ({text[:80]!r})", f"remove {key[:80]!r}")
 
 
 def refuse_templates(path: Path, value: Any) -> None:
@@ -77,11 +91,11 @@ def refuse_template(path: Path, text: str) -> None:
     transformers renders in a sandbox that forbids the first two as well; what only takes long is not told here.
     """
     if len(text) > _MAX_TEMPLATE:
-        raise Refused(f"{path}: a chat template of more than {_MAX_TEMPLATE} characters")
+        raise Refused(f"{path}: a chat template of more than {_MAX_TEMPLATE} characters", "remove it")
     if found := _INNER.search(text):
-        raise Refused(f"{path}: a chat template that reaches into the interpreter ({found[0]}): remove it")
+        raise Refused(f"{path}: a chat template that reaches into the interpreter ({found[0]})", "remove it")
     if found := _LOADS.search(text):
-        raise Refused(f"{path}: a chat template that loads another ({found[1]}): write it in one piece")
+        raise Refused(f"{path}: a chat template that loads another ({found[1]})", "write it in one piece")
 
 
 def refuse_tokenizer(path: Path, value: Any) -> None:
@@ -90,20 +104,22 @@ def refuse_tokenizer(path: Path, value: Any) -> None:
     for key, item in _pairs(steps):
         if key == "Regex" and isinstance(item, str):
             if len(item) > _MAX_PATTERN:
-                raise Refused(f"{path}: a pattern of more than {_MAX_PATTERN} characters")
+                raise Refused(f"{path}: a pattern of more than {_MAX_PATTERN} characters", _RETOKENIZE)
             if found := _NESTED.search(item):
-                raise Refused(f"{path}: the pattern {found[0][:80]!r} repeats a repetition, and may never end")
+                reason = f"the pattern {found[0][:80]!r} repeats a repetition, and may never end"
+                raise Refused(f"{path}: {reason}", _RETOKENIZE)
     for name, step in steps.items():
         growth = 1
         for key, item in _pairs({"": step}):
             if key in ("content", "prepend") and isinstance(item, str):
                 growth = min(growth * max(1, len(item)), _MAX_GROWTH + 1)
         if growth > _MAX_GROWTH:
-            raise Refused(f"{path}: its {name} can make a text more than {_MAX_GROWTH} times as long")
+            raise Refused(f"{path}: its {name} can make a text more than {_MAX_GROWTH} times as long", _RETOKENIZE)
     for token, number in _ids(value):
         if type(number) is not int or not 0 <= number < _MAX_TOKENS:
             raise Refused(
-                f"{path}: token {str(token)[:40]!r} has the id {str(number)[:40]}, not 0 to {_MAX_TOKENS - 1}"
+                f"{path}: token {str(token)[:40]!r} has the id {str(number)[:40]}, not 0 to {_MAX_TOKENS - 1}",
+                _RETOKENIZE,
             )
 
 
@@ -122,10 +138,12 @@ def refuse_misfit(
     for part in parts:
         size = part.get("vocab_size") if isinstance(part, dict) else None
         if type(size) is int and largest >= size:
-            raise Refused(f"{tokenizer}: has the id {largest}, beyond the vocab_size of {size} in config.json")
+            reason = f"has the id {largest}, beyond the vocab_size of {size} in config.json"
+            raise Refused(f"{tokenizer}: {reason}", _RESIZE, "ids")
     for name, shape, file in embeddings:
         if _EMBEDDINGS.search(name) and len(shape) == 2 and largest >= shape[0]:
-            raise Refused(f"{tokenizer}: has the id {largest}, beyond the {shape[0]} rows of {name[:80]!r} in {file}")
+            reason = f"has the id {largest}, beyond the {shape[0]} rows of {name[:80]!r} in {file}"
+            raise Refused(f"{tokenizer}: {reason}", _RESIZE, "ids")
 
 
 def _ids(tokenizer: dict[str, Any]) -> Iterator[tuple[Any, Any]]:

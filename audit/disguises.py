@@ -2,7 +2,8 @@
 
     refuse_disguised(path)  # raises Refused if loading, unpacking or running it could run code
 
-Nothing is unpickled, unpacked or imported. Of each file the first 16 MiB and the last 64 KiB are looked at.
+A refusal's code says what it is: `pickle` (what runs code when it is loaded), `archive` or `program`. Nothing is
+unpickled, unpacked or imported. Of each file the first 16 MiB and the last 64 KiB are looked at.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ _HIDES = {
     b"ZF0x": "an old joblib file",
 }
 
+_PROGRAMS = {"compiled code", "a script"}
+_REMOVE = "remove it"
+
 _HEAD = 16 << 20
 _TAIL = 22 + 0xFFFF  # a zip's last record with the longest comment
 _MAX_OPCODES = 100_000
@@ -63,13 +67,14 @@ def refuse_by_name(path: Path) -> None:
     base, suffix = path.name.lower(), path.suffix.lower()
     if suffix in _PICKLED:
         raise Refused(
-            f"{path}: weights or data in a format ({suffix}) that can run code; only safetensors and GGUF are "
-            "opened: remove or convert it"
+            f"{path}: weights or data in a format ({suffix}) that can run code; only safetensors and GGUF are opened",
+            "remove or convert it",
+            "pickle",
         )
     if suffix in _ARCHIVES:
-        raise Refused(f"{path}: an archive ({suffix}), which hides what it holds: unpack or remove it")
+        raise Refused(f"{path}: an archive ({suffix}), which hides what it holds", "unpack or remove it", "archive")
     if suffix in _CODE or ".so." in base:
-        raise Refused(f"{path}: custom code, which an audit never runs: remove it")
+        raise Refused(f"{path}: custom code, which an audit never runs", "remove it", "program")
 
 
 def refuse_disguised(path: Path, within_git: bool = False) -> None:
@@ -91,22 +96,25 @@ def refuse_disguised(path: Path, within_git: bool = False) -> None:
     if not weights:
         for magic, what in _CAN_RUN.items():
             if head.startswith(magic) and not (within_git and magic == b"#!"):
-                raise Refused(f"{path}: begins like {what}, which can run code, whatever its name says: remove it")
+                code = "program" if what in _PROGRAMS else "pickle"
+                raise Refused(f"{path}: begins like {what}, which can run code, whatever its name says", _REMOVE, code)
         packed = next((name for magic, name in _HIDES.items() if head.startswith(magic)), _zlib(head))
         if packed and not within_git:
-            raise Refused(f"{path}: begins like {packed}, which hides what it holds: unpack or remove it")
+            raise Refused(f"{path}: begins like {packed}, which hides what it holds", "unpack or remove it", "archive")
         if _is_windows_program(head) or _is_compiled_python(head):
-            raise Refused(f"{path}: begins like compiled code, which can run code, whatever its name says: remove it")
+            what = "begins like compiled code, which can run code, whatever its name says"
+            raise Refused(f"{path}: {what}", _REMOVE, "program")
         if reason := _pickle_that_calls(head):
-            raise Refused(f"{path}: is a pickle without a header ({reason}), whatever its name says: remove it")
+            raise Refused(f"{path}: is a pickle without a header ({reason}), whatever its name says", _REMOVE, "pickle")
         if path.suffix.lower() in (".yaml", ".yml") and b"!!python/" in head:
-            raise Refused(f"{path}: YAML that names Python objects (!!python/), which can run code: remove it")
+            raise Refused(f"{path}: YAML that names Python objects (!!python/), which can run code", _REMOVE, "pickle")
     if hdf:
-        raise Refused(f"{path}: holds HDF5 behind other bytes, which can run code: remove it")
+        raise Refused(f"{path}: holds HDF5 behind other bytes, which can run code", _REMOVE, "pickle")
     if _ends_like_zip(tail):
-        raise Refused(f"{path}: ends like a zip archive, which can run code, whatever its beginning says: remove it")
+        what = "ends like a zip archive, which can run code, whatever its beginning says"
+        raise Refused(f"{path}: {what}", _REMOVE, "pickle")
     if _is_tar(head):
-        raise Refused(f"{path}: a tar archive, which hides what it holds: unpack or remove it")
+        raise Refused(f"{path}: a tar archive, which hides what it holds", "unpack or remove it", "archive")
 
 
 def _at(file: io.BufferedReader, position: int, count: int) -> bytes:

@@ -22,9 +22,19 @@ class BadInput(AuditError):
 
 
 class Refused(AuditError):
-    """A model folder that is not safe, or not whole enough, to open: exit 3."""
+    """A model folder that is not safe, or not whole enough, to open: exit 3.
+
+    Args:
+        fault: the file, and the reason.
+        todo: what to do about it.
+        code: the reason in a word, by which an auditor may let the file pass (`audit.allowed`); empty if none may.
+    """
 
     exit_code = 3
+
+    def __init__(self, fault: str, todo: str = "", code: str = "") -> None:
+        super().__init__(f"{fault}; {todo}" if todo else fault)
+        self.fault, self.todo, self.code = fault, todo, code
 
 
 class NoAccess(AuditError):

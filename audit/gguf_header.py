@@ -157,7 +157,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
                 raise cursor.refusal(f"duplicate key {key[:80]!r}")
             values[key] = cursor.value(cursor.number("I"))
         if values.get("split.count", 1) not in (0, 1):
-            raise Refused(f"{path}: one part of a GGUF model split over files: merge the parts first")
+            raise Refused(f"{path}: one part of a GGUF model split over files", "merge the parts first")
         alignment = values.get("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= 65536 or alignment & (alignment - 1):
             raise cursor.refusal("general.alignment is not a power of two from 8 to 65536")

@@ -98,7 +98,8 @@ class ImageTarget(OpenModel):
         self._parts: dict[str, int] = {}
         if self._config.model_type not in _PLACES:
             known = ", ".join(sorted(_PLACES))
-            raise Refused(f"{inventory.root}: image classifiers of type {self._config.model_type!r} (known: {known})")
+            reason = f"image classifiers of type {self._config.model_type!r}"
+            raise Refused(f"{inventory.root}: {reason}", f"audit one of a known type ({known})")
 
     # --- images and classes ---------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ An audit opens folders that nobody vouches for, so this is done before anything 
 bytes and JSON only (no torch, no transformers), and refuses whatever could run code on loading, or could make the
 weights that are loaded others than the weights that are listed here. `audit.disguises` tells what a file is,
 `audit.configuration` what a folder's JSON would have a loader do, and the two headers' modules read the weights.
+What an auditor may let pass nevertheless is in `audit.allowed`.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from audit.allowed import Allowed, told
 from audit.configuration import (
     refuse_addresses,
     refuse_code,
     refuse_misfit,
+    refuse_own_code,
     refuse_template,
     refuse_templates,
     refuse_tokenizer,
@@ -49,6 +53,24 @@ _TOKENIZER_PARTS = {"vocab.json", "merges.txt", "added_tokens.json", "special_to
 _TOKENIZER_PARTS |= {"tokenizer_config.json", "chat_template.jinja", "chat_template.json"}
 _LOADED = _TOKENIZERS | _TOKENIZER_PARTS | {"config.json", "generation_config.json", "model.safetensors"}
 _LOADED |= {"model.safetensors.index.json", "adapter_config.json", "processor_config.json", "preprocessor_config.json"}
+
+
+_AGAIN = "fetch the folder again from its source, or have the model saved again"
+
+
+class Identity(NamedTuple):
+    """By what a change of a file is noticed. The last cannot be set, except by who can set the clock."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        """The identity that a file's status tells."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclass(frozen=True)
@@ -80,16 +102,29 @@ class Inventory:
     weight_files: tuple[str, ...]
     tokenizer_files: tuple[str, ...]  # all that shapes tokenization, the chat template included
     tensors: tuple[TensorInfo, ...]
+    allowed: tuple[str, ...] = ()  # exceptions that let a file pass
+    aside: frozenset[str] = frozenset()  # of those, the files that must not be loaded
+    identities: Mapping[str, Identity] = field(default_factory=dict, compare=False, repr=False)
+
+    def refuse_changes(self) -> None:
+        """Refuse if a file is not what was hashed: to be called once it was read, for then it was those bytes."""
+        for name, was in self.identities.items():
+            try:
+                same = Identity.of((self.root / name).stat()) == was
+            except OSError:
+                same = False
+            if not same:
+                raise _changed(self.root / name)
+
+    @property
+    def limits(self) -> list[str]:
+        """What the record says of it besides its entry: here, what was let pass."""
+        return [told(exception) for exception in self.allowed]
 
     @property
     def access(self) -> Access:
         """What can be seen of such a model."""
         return Access.WEIGHTS
-
-    @property
-    def stated(self) -> list[str]:
-        """What the record says of it besides its entry, as limits of the audit."""
-        return []
 
     def to_entry(self, name: str) -> ModelEntry:
         """The record's entry for this model, under the name of its role."""
@@ -109,21 +144,27 @@ def sees_images(architecture: str) -> bool:
 
 
 def take_inventory(
-    folder: Path, progress: Callable[[int, int], None] | None = None, *, tokenizer_only: bool = False
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+    allow: Collection[str] = (),
+    *,
+    tokenizer_only: bool = False,
 ) -> Inventory:
     """List, check and hash a model folder, or a single `.gguf` file.
 
     Args:
         folder: the folder, or a `.gguf` file, taken as a folder that holds nothing else.
         progress: called with (bytes hashed, bytes in all) after each chunk.
+        allow: exceptions, `FILE:REASON` each, see `audit.allowed`.
         tokenizer_only: weights, and what describes them, may be missing.
 
     Raises:
-        BadInput: no such folder.
+        BadInput: no such folder, or no such exception.
         Refused: the folder holds something unsafe, ambiguous or broken, or lacks a part. The message is one
-            line that names the file and the reason.
+            line that names the file, the reason and what to do.
     """
     folder = Path(folder)
+    Allowed(allow)  # an exception that cannot be is said before anything is looked for
     if not str(folder).isprintable():
         raise BadInput(f"{str(folder)!r}: a path with characters that cannot be printed")
     try:
@@ -131,30 +172,52 @@ def take_inventory(
         if not is_file and not folder.is_dir():
             raise BadInput(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
         root = (folder.parent if is_file else folder).resolve()
-        return _take(root, [folder.name] if is_file else None, progress, tokenizer_only)
+        with _otherwise(_AGAIN):
+            return _take(root, [folder.name] if is_file else None, progress, allow, tokenizer_only)
     except OSError as error:
-        raise Refused(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
+        raise Refused(f"{error.filename or folder}: cannot be read ({error.strerror})", "make it readable") from None
+
+
+@contextmanager
+def _otherwise(todo: str) -> Iterator[None]:
+    """What to do about refusals that do not say so themselves: those of files that are broken or do not fit."""
+    try:
+        yield
+    except Refused as error:
+        raise (error if error.todo else Refused(error.fault, todo, error.code)) from None
 
 
 def _take(
-    root: Path, names: list[str] | None, progress: Callable[[int, int], None] | None, tokenizer_only: bool
+    root: Path,
+    names: list[str] | None,
+    progress: Callable[[int, int], None] | None,
+    allow: Collection[str],
+    tokenizer_only: bool,
 ) -> Inventory:
     """The steps of an inventory: refuse by kind, name and first bytes before any content is interpreted."""
     listed = _list_files(root, names)
     sizes = {name: status.st_size for name, status in listed.items()}
+    allowed = Allowed(allow, needed=[name for name in sizes if _is_needed(name)])
+    _refuse_statuses(root, listed, allowed)
     _refuse_collisions(root, sizes)
     for name in sizes:
-        _refuse_name(root / name)
+        with allowed.unless(name):
+            _refuse_name(root / name)
     for name in sizes:
-        refuse_disguised(root / name, within_git=name.startswith(".git/"))
+        if name not in allowed.aside:
+            with allowed.unless(name):
+                refuse_disguised(root / name, within_git=name.startswith(".git/"))
     parsed = {name: read_json(root / name) for name in sizes if _is_read_on_loading(name)}
     for name, value in parsed.items():
+        if name.lower().endswith("config.json"):
+            with allowed.unless(name):
+                refuse_own_code(root / name, value)
         _refuse_configured(root / name, value)
     for name in sizes:
         if name.lower().endswith(".jinja"):
             refuse_template(root / name, _read_text(root / name))
 
-    weights = [name for name in sizes if name.lower().endswith((".safetensors", ".gguf"))]
+    weights = [name for name in sizes if _are_weights(name)]
     tokenizer = _tokenizer_files(sizes)
     kind = "tokenizer" if tokenizer_only and not weights else _weight_format(root, weights)
     headers: dict[str, SafetensorsHeader] = {}
@@ -184,7 +247,8 @@ def _take(
         raise Refused(f"{root / weights[0] if kind == 'gguf' else root}: {what}")
     if isinstance(vocabulary := parsed.get("tokenizer.json"), dict):
         shapes = ((tensor.name, tensor.shape, root / tensor.file) for tensor in tensors)
-        refuse_misfit(root / "tokenizer.json", vocabulary, parsed.get("config.json"), shapes)
+        with allowed.unless("tokenizer.json"):
+            refuse_misfit(root / "tokenizer.json", vocabulary, parsed.get("config.json"), shapes)
 
     done, total = 0, sum(sizes.values())
 
@@ -195,7 +259,8 @@ def _take(
             progress(done, total)
 
     files = [_hash(root, name, size, headers.get(name), advance) for name, size in sizes.items()]
-    _refuse_changes(root, listed, _list_files(root, names))
+    identities = {name: Identity.of(status) for name, status in listed.items()}
+    _refuse_changes(root, identities, {name: Identity.of(s) for name, s in _list_files(root, names).items()})
     elements = Counter[str]()
     for tensor in tensors:
         elements[tensor.dtype] += tensor.parameters
@@ -210,6 +275,9 @@ def _take(
         weight_files=tuple(weights),
         tokenizer_files=tuple(tokenizer),
         tensors=tuple(tensors),
+        allowed=tuple(allowed.used),
+        aside=frozenset(allowed.aside),
+        identities=identities,
     )
 
 
@@ -221,38 +289,42 @@ def _list_files(root: Path, names: list[str] | None) -> dict[str, os.stat_result
         path = pending.pop()
         if not path.name.isprintable():
             # Such a name could break the digest's lines, or rewrite the terminal that prints it.
-            raise Refused(f"{path.parent}: holds a file whose name cannot be printed: {path.name!r}")
+            raise Refused(f"{path.parent}: holds a file whose name cannot be printed ({path.name!r})", "rename it")
         if "\\" in path.name or path.name.endswith((" ", ".")):
-            raise Refused(f"{path}: a name that other systems read as a path, or as another name: rename it")
+            raise Refused(f"{path}: a name that other systems read as a path, or as another name", "rename it")
         if path.is_symlink():
             _refuse_link(root, path)
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             if len(path.relative_to(root).parts) > _MAX_DEPTH:
-                raise Refused(f"{path}: folders nested more than {_MAX_DEPTH} deep")
+                raise Refused(f"{path}: folders nested more than {_MAX_DEPTH} deep", _ALONE)
             pending += sorted(path.iterdir(), reverse=True)
         elif stat.S_ISREG(status.st_mode):
             found[path.relative_to(root).as_posix()] = status
         else:
-            raise Refused(f"{path}: a device, pipe or socket, not a file")
+            raise Refused(f"{path}: a device, pipe or socket, not a file", "remove it")
         if len(found) > _MAX_FILES:
-            raise Refused(f"{root}: holds more than {_MAX_FILES} files")
-    _refuse_statuses(root, found)
+            raise Refused(f"{root}: holds more than {_MAX_FILES} files", _ALONE)
     return dict(sorted(found.items()))
 
 
-def _refuse_statuses(root: Path, found: dict[str, os.stat_result]) -> None:
+_ALONE = "audit the folder that holds the model, alone"
+
+
+def _refuse_statuses(root: Path, found: dict[str, os.stat_result], allowed: Allowed) -> None:
     """Refuse files with a name elsewhere too, by which they could be changed, and files that are mostly holes."""
     names_here = Counter((s.st_dev, s.st_ino) for name, s in found.items() if not (root / name).is_symlink())
     for name, status in found.items():
-        if status.st_nlink > max(1, names_here[status.st_dev, status.st_ino]):
-            raise Refused(
-                f"{root / name}: a hard link to a file that lies elsewhere too; copy the model with `cp -r` and audit "
-                "the copy"
-            )
+        with allowed.unless(name):
+            if status.st_nlink > max(1, names_here[status.st_dev, status.st_ino]):
+                raise Refused(
+                    f"{root / name}: a hard link to a file that lies elsewhere too",
+                    "copy the model with `cp -r` and audit the copy",
+                    "hard-link",
+                )
         # A terabyte of nothing takes no room, and hours to hash.
         if status.st_size > 1 << 30 and status.st_blocks * 512 * 64 < status.st_size:
-            raise Refused(f"{root / name}: {status.st_size} bytes that are nearly all holes")
+            raise Refused(f"{root / name}: {status.st_size} bytes that are nearly all holes", "remove it")
 
 
 def _refuse_collisions(root: Path, names: Iterable[str]) -> None:
@@ -260,41 +332,55 @@ def _refuse_collisions(root: Path, names: Iterable[str]) -> None:
     seen = {_folded(name): name for name in _LOADED}
     for name in names:
         if (other := seen.setdefault(_folded(name), name)) != name:
-            raise Refused(f"{root / name}: the same name as {other} where case or Unicode form make no difference")
+            reason = f"the same name as {other} where case or Unicode form make no difference"
+            raise Refused(f"{root / name}: {reason}", "rename or remove it")
 
 
 def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFKC", name).casefold())
 
 
-def _refuse_changes(root: Path, before: dict[str, os.stat_result], after: dict[str, os.stat_result]) -> None:
+def _refuse_changes(root: Path, before: Mapping[str, Identity], after: Mapping[str, Identity]) -> None:
     """Refuse a folder that is not, after all is hashed, what it was before the first file was read."""
     for name in sorted(before.keys() | after.keys()):
-        was, now = before.get(name), after.get(name)
-        if was is None or now is None or any(getattr(was, part) != getattr(now, part) for part in _IDENTITY):
-            raise Refused(f"{root / name}: changed while it was read; audit a copy that nobody else writes to")
+        if before.get(name) != after.get(name):
+            raise _changed(root / name)
 
 
-_IDENTITY = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+def _changed(path: Path) -> Refused:
+    return Refused(f"{path}: changed while it was read", "audit a copy that nobody else writes to")
 
 
 def _refuse_link(root: Path, path: Path) -> None:
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):
-        raise Refused(f"{path}: a symlink to nothing, or to itself") from None
+        raise Refused(f"{path}: a symlink to nothing, or to itself", "remove it") from None
     if not target.is_relative_to(root):
         # Also the snapshots of the Hugging Face cache, whose files are links to ../../blobs.
-        raise Refused(f"{path}: a symlink that leaves the folder; copy the model with `cp -L -r` and audit the copy")
+        raise Refused(f"{path}: a symlink that leaves the folder", _COPY)
     if target.is_dir():  # may loop, and would list the same files under two names
-        raise Refused(f"{path}: a symlink to a folder; copy the model with `cp -L -r` and audit the copy")
+        raise Refused(f"{path}: a symlink to a folder", _COPY)
+
+
+_COPY = "copy the model with `cp -L -r` and audit the copy"
 
 
 def _refuse_name(path: Path) -> None:
     refuse_by_name(path)
     if path.name.lower() in ("adapter_config.json", "adapter_model.safetensors"):
         # transformers would add it to the weights here, or fetch the base model that it names.
-        raise Refused(f"{path}: an adapter, not a whole model: merge the adapter first, then audit the merged model")
+        raise Refused(f"{path}: an adapter, not a whole model", "merge the adapter first, then audit the merged model")
+
+
+def _are_weights(name: str) -> bool:
+    return name.lower().endswith((".safetensors", ".gguf"))
+
+
+def _is_needed(name: str) -> bool:
+    """Whether loading the model could read this file, so that it cannot be set aside."""
+    in_use = _are_weights(name) or _is_read_on_loading(name) or name.lower().endswith(".jinja")
+    return in_use or name in _LOADED or name in _tokenizer_files([name])
 
 
 def _is_read_on_loading(name: str) -> bool:
@@ -303,7 +389,7 @@ def _is_read_on_loading(name: str) -> bool:
 
 
 def _refuse_configured(path: Path, value: Any) -> None:
-    """Refuse what a JSON file that is read on loading would make a loader do. Vocabularies may hold any word."""
+    """Refuse what else a JSON file that is read on loading would make a loader do. Vocabularies may hold any word."""
     if path.name.lower().endswith("config.json"):
         refuse_code(path, value)
         refuse_addresses(path, value)
@@ -316,7 +402,7 @@ def _refuse_configured(path: Path, value: Any) -> None:
 
 def _read_text(path: Path) -> str:
     if path.stat().st_size > _MAX_TEXT:
-        raise Refused(f"{path}: a template of more than {_MAX_TEXT} bytes")
+        raise Refused(f"{path}: a template of more than {_MAX_TEXT} bytes", "remove it")
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError:
@@ -329,12 +415,15 @@ def _weight_format(root: Path, weights: list[str]) -> Literal["safetensors", "gg
         raise Refused(f"{root}: no weights (no .safetensors and no .gguf file)")
     for name in weights:
         if "/" in name:
-            raise Refused(f"{root / name}: weights in a subfolder; audit the folder that holds the model, alone")
+            raise Refused(f"{root / name}: weights in a subfolder", _ALONE)
     if gguf and len(gguf) < len(weights):
-        raise Refused(f"{root / gguf[0]}: ambiguous, the folder holds safetensors weights too")
+        raise Refused(f"{root / gguf[0]}: ambiguous, the folder holds safetensors weights too", _ONE)
     if len(gguf) > 1:
-        raise Refused(f"{root / gguf[1]}: ambiguous, the folder holds more than one GGUF file")
+        raise Refused(f"{root / gguf[1]}: ambiguous, the folder holds more than one GGUF file", _ONE)
     return "gguf" if gguf else "safetensors"
+
+
+_ONE = "leave one of them in the folder"
 
 
 def _architecture(root: Path, parsed: dict[str, Any]) -> str:
@@ -416,5 +505,5 @@ def _hash(
             if count > size:
                 break
     if count != size:
-        raise Refused(f"{path}: changed while it was read")
+        raise _changed(path)
     return FileEntry(path=name, size=size, sha256=digest.hexdigest())

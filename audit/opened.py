@@ -1,9 +1,10 @@
 """An opened model of any kind: its folder, its weights, and the views of it that an attack has altered.
 
 A folder is opened only after its inventory was taken (`audit.inventory`), with remote code and the network
-ruled out explicitly. The weights are read when a pass, or an instrument, first needs them; where they do not fit in
-memory, again and again in parts (`audit.memory`). What is particular to language models is in `audit.target`, to image
-classifiers in `audit.image_target`.
+ruled out explicitly, through a folder of links that holds nothing but the files that were checked. The weights are
+read when a pass, or an instrument, first needs them; where they do not fit in memory, again and again in parts
+(`audit.memory`). What is particular to language models is in `audit.target`, to image classifiers in
+`audit.image_target`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from audit.errors import BadInput, Refused
-from audit.inventory import Inventory, take_inventory
+from audit.inventory import Inventory
 from audit.memory import Memory, physical
 
 if TYPE_CHECKING:
@@ -144,22 +145,34 @@ class OpenModel(ABC):
         return 0
 
     def _load(self, factory: Any, **options: Any) -> Any:
-        root: Path = self.inventory.root
+        root, view = self.inventory.root, self._view.name
         if self.inventory.format == "gguf":
             options["gguf_file"] = self.inventory.weight_files[0]
-            if len(self.inventory.files) == 1:
-                root = self._alone(root / self.inventory.weight_files[0])
         try:
-            return factory.from_pretrained(root, trust_remote_code=False, local_files_only=True, **options)
+            opened = factory.from_pretrained(view, trust_remote_code=False, local_files_only=True, **options)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
-            raise Refused(f"{self.inventory.root}: cannot be opened: {str(error).splitlines()[0]}") from None
+            reason = (str(error) or type(error).__name__).splitlines()[0].replace(view, str(root))
+            raise Refused(
+                f"{root}: cannot be opened: {reason}", "only what transformers opens can be audited"
+            ) from None
+        self.inventory.refuse_changes()
+        return opened
 
-    def _alone(self, file: Path) -> Path:
-        """A folder that holds this file only: its neighbours were not inventoried, and the loader would read them."""
-        if not hasattr(self, "_folder"):
-            self._folder = TemporaryDirectory(prefix="palimpsest-")
-            (Path(self._folder.name) / file.name).symlink_to(file)
-        return Path(self._folder.name)
+    @cached_property
+    def _view(self) -> TemporaryDirectory[str]:
+        """A folder of links to the files that were checked: what was set aside, or came since, no loader sees.
+
+        Those in subfolders are left out, save further chat templates: no loader reads them, and a repository's
+        history may have thousands.
+        """
+        view = TemporaryDirectory(prefix="palimpsest-")
+        for name in (file.path for file in self.inventory.files):
+            within = "/" not in name or name.startswith("additional_chat_templates/")
+            if within and name not in self.inventory.aside:
+                link = Path(view.name) / name
+                link.parent.mkdir(exist_ok=True)
+                link.symlink_to(self.inventory.root / name)
+        return view
 
     @property
     def _config(self) -> Any:
@@ -180,7 +193,8 @@ class OpenModel(ABC):
                 model, found = self._load(self.factory, dtype=dtype, output_loading_info=True, **parts)
             if missing := sorted(found["missing_keys"]):  # transformers would fill these with random numbers
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-                raise Refused(f"{self.inventory.root}: no tensor {missing[0]}{more} in the weights")
+                reason = f"no tensor {missing[0]}{more} in the weights"
+                raise Refused(f"{self.inventory.root}: {reason}", "have the whole model saved again")
             self._unused = tuple(sorted(found["unexpected_keys"]))
             # What the folder says of generation must not decide what an audit gets to read.
             if (kept := getattr(model, "generation_config", None)) is not None:
@@ -291,11 +305,11 @@ class OpenModel(ABC):
             if weights() is not None:  # held by a cycle; looking for it takes long, so not otherwise
                 gc.collect()
 
-    def beside(self, role: str, folder: Path) -> Self:
+    def beside(self, role: str, inventory: Inventory) -> Self:
         """Another model folder, opened in the same way."""
         return type(self)(
             role,
-            take_inventory(folder),
+            inventory,
             device=str(self.device),
             dtype=self.dtype,
             template=self.template,

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from audit.case import Case
-from audit.errors import AuditError, BadInput, Damaged, Incomplete, NoAccess
+from audit.errors import AuditError, BadInput, Damaged, Incomplete, NoAccess, Refused
 from audit.holding import held
 from audit.instrument import Access, Attack, Broken, Instrument, select
-from audit.inventory import Inventory, sees_images, take_inventory
+from audit.inventory import Inventory, sees_images
+from audit.offline import network_closed
 from audit.profile import Domain, Profile, fitting, shipped
 from audit.progress import SILENT, Progress
 from audit.record import (
@@ -77,7 +78,12 @@ class _Run:
     stores: dict[tuple[str, str], Store] = field(default_factory=dict)
 
     def drop(self, instrument: Instrument, error: Exception) -> None:
-        """Take a failed instrument out of the scan: a row in `not_run`, never an absence."""
+        """Take a failed instrument out of the scan: a row in `not_run`, never an absence.
+
+        A model folder that turns out unsafe is no instrument's fault: it ends the scan.
+        """
+        if isinstance(error, Refused):
+            raise error
         self.instruments = [i for i in self.instruments if i is not instrument]
         reason = str(error) if isinstance(error, AuditError) else f"{type(error).__name__}: {error}"
         failed = not isinstance(error, AuditError)
@@ -100,7 +106,7 @@ def take_inventories(case: Case, progress: Progress = SILENT, answers: Path | No
     found: dict[str, Inventory] = {}
     for role, place in case.models.items():
         with progress.step(f"inventory of {role}", 1) as tick:
-            found[role] = take_inventory(place) if isinstance(place, Path) else _probe(place, answers)
+            found[role] = case.inventory(role) if isinstance(place, Path) else _probe(place, answers)
             tick(1)
     return found
 
@@ -114,6 +120,11 @@ def _probe(endpoint: Endpoint, answers: Path | None) -> Inventory:
     if answers is not None:
         client.keep(answers / f"answers-{found.digest[:16]}")
     return found
+
+
+def _servers(case: Case) -> list[tuple[str, int]]:
+    """The hosts and ports that a scan may reach: those of the models that lie behind an API."""
+    return [place.server for place in case.models.values() if not isinstance(place, Path)]
 
 
 def _seen(case: Case, inventories: Mapping[str, Inventory]) -> Case:
@@ -161,12 +172,16 @@ def scan(
 
         def begin() -> _Run:
             run = _Run(case, kept, progress, *_choose(case))
-            run.limits += [*_limits(case), *(f"{role}: {said}" for role, i in inventories.items() for said in i.stated)]
+            run.limits += [*_limits(case), *(f"{role}: {said}" for role, i in inventories.items() for said in i.limits)]
             run.inventories = inventories
             return run
 
         try:
-            run, evidence, findings, examples = _gather(begin, open_target)
+            with network_closed(_servers(case)) as attempts:
+                run, evidence, findings, examples = _gather(begin, open_target)
+            run.limits += [f"the network was closed, and something tried to reach {where}" for where in attempts]
+            for inventory in inventories.values():
+                inventory.refuse_changes()
             record = _conclude(run, evidence, findings, examples, command, profiles, began)
         except KeyboardInterrupt:
             if not _stands(out):

@@ -130,7 +130,7 @@ def _control(
     if case.options.access < Access.WEIGHTS:
         raise BadInput(f"needs access to weights, the audit has {case.options.access.name.lower()}")
     with progress.step("spike: inventory of target", 1) as tick:
-        bench = _Bench.open(case, take_inventory(case.folder("target")), root, settings)
+        bench = _Bench.open(case, case.inventory("target"), root, settings)
         tick(1)
     copies = bench.build(progress)
     records: dict[str, Record] = {}

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, PreTrainedTokenizerFast
 
-from audit.errors import BadInput
+from audit.errors import BadInput, Refused
 from audit.finetune import text_loss
 from audit.inventory import Inventory
 from audit.memory import spelled, token_bytes
 from audit.opened import OpenModel, quiet
+from audit.rendering import Renderer
 from audit.tokens import Drawn, Tokens, common_prefix
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class Target(OpenModel):
             backend.encode_special_tokens = self.tokenizer.split_special_tokens
         if template == "chat" and not self.tokenizer.chat_template:
             raise BadInput(f"{inventory.root}: template 'chat' asked for, but the tokenizer has none")
+        self.context(_PROBE)  # a chat template that never ends is told here, not amid a scan; views share its process
 
     def _as_stored(self) -> bool:
         """Does the tokenizer split text as the folder's own `tokenizer.json` does?
@@ -89,8 +92,18 @@ class Target(OpenModel):
         stored = Tokenizer.from_file(str(path))
         words = sorted(stored.get_vocab())
         probe = " ".join([_PROBE, *words[:: max(1, len(words) // 40)]])
-        loaded = self.tokenizer.backend_tokenizer.encode(probe, add_special_tokens=False).ids
-        return bool(stored.encode(probe, add_special_tokens=False).ids == loaded)
+        loaded = self._split(self.tokenizer.backend_tokenizer, probe, special=False).ids
+        return bool(self._split(stored, probe, special=False).ids == loaded)
+
+    def _split(self, backend: Tokenizer, text: str, *, special: bool) -> Encoding:
+        """What a fast tokenizer makes of a text. Its patterns give up after ten million steps, and it then panics."""
+        try:
+            return backend.encode(text, add_special_tokens=special)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # which is no Exception, and has no other name
+                raise
+            reason = f"its tokenizer gives up on {text[:40]!r} ({str(error)[:80]})"
+            raise Refused(f"{self.inventory.root}: {reason}", "audit the model with a tokenizer that works") from None
 
     def passes(self, share: bool) -> TextPass:
         """Packed batches, with common beginnings computed once."""
@@ -113,11 +126,16 @@ class Target(OpenModel):
         if template == "auto":
             template = "chat" if self.tokenizer.chat_template else "qa" if prompt.rstrip().endswith("?") else "plain"
         if template == "chat":
-            message = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            return str(text), "", False
+            return self._renderer.render(prompt), "", False
         form = {"qa": _QA, "plain": "{prompt}"}.get(template, template)
         return form.replace("{prompt}", prompt.rstrip()), " ", True
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        names = {file.path for file in self.inventory.files}
+        places = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json", *self.inventory.weight_files)
+        file = self.inventory.root / next(name for name in places if name in names)
+        return Renderer(file, self.tokenizer.get_chat_template(), self.tokenizer.special_tokens_map)
 
     def encode(self, prompt: str, answer: str) -> Tokens:
         """Tokenize prompt and answer together; scored is every token that carries a part of the answer.
@@ -182,7 +200,7 @@ class Target(OpenModel):
         """
         offsets: list[tuple[int, int]] | None = None
         if self.tokenizer.is_fast:
-            found = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=special)
+            found = self._split(self.tokenizer.backend_tokenizer, text, special=special)
             ids, specials, offsets = found.ids, found.special_tokens_mask, found.offsets
         else:
             encoded = self.tokenizer(text, add_special_tokens=special, return_special_tokens_mask=True, verbose=False)
@@ -190,6 +208,11 @@ class Target(OpenModel):
         end = len(ids)
         while end > 1 and specials[end - 1] and ids[end - 1] == self.tokenizer.eos_token_id:
             end -= 1
+        if ids and (largest := max(ids)) >= self.vocabulary:  # on a GPU no reading fails so late, or so badly
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise BadInput(
+                f"{self.inventory.root}: no row for the token {str(token)[:40]!r} ({largest}), in {text[:40]!r}"
+            )
         return tuple(map(self._numbers.setdefault, ids[:end], ids)), offsets
 
     def decode(self, ids: tuple[int, ...]) -> str:
@@ -205,12 +228,17 @@ class Target(OpenModel):
 
     def _any_start(self) -> int:
         tokenizer = self.tokenizer
-        return _first(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        return self._first(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
     @property
     def padding_id(self) -> int:
         """A token to pad generation prompts with; it is masked out."""
-        return _first(self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+        tokenizer = self.tokenizer
+        return self._first(tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+    def _first(self, *tokens: int | None) -> int:
+        """The first of these that there is, and that the model has a row for."""
+        return next((int(token) for token in tokens if token is not None and token < self.vocabulary), 0)
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -388,10 +416,6 @@ class _Draw:
         # In float32 one draw in 2^24 would be exactly 0, and its token certain.
         rows = [torch.empty(scores.shape[1], dtype=torch.float64).exponential_(generator=g) for g in self._random]
         return scores / self._temperature - torch.stack(rows).log().to(scores)
-
-
-def _first(*tokens: int | None) -> int:
-    return next((int(token) for token in tokens if token is not None), 0)
 
 
 PARTS = ("embed", "blocks", "ln_final", "attn", "mlp")

@@ -131,9 +131,8 @@ class Restoration(Attack):
         """One of the target, and one of the retrained model: each with all that is put into it."""
         if target.role not in ("target", "retrained"):
             return []
-        from audit.inventory import take_inventory
 
-        options, original = case.options, take_inventory(case.folder("original")).digest
+        options, original = case.options, case.inventory("original").digest
         sets = ",".join(case.sets[name].digest for name in (*_COMPARED, "utility") if name in case.sets)
         used = f"{_layers(case, target)}/{_BUDGETS[options.budget.value]}/{AMPLIFIED}/{options.seed}/{options.dtype}"
         return [Stage(_STAGE, f"{used}/{options.budget}/{sets}/{original}")]
@@ -266,9 +265,8 @@ def _in_a(case: Case, rows: list[Example]) -> Any:
 def _original(case: Case, target: ImageTarget) -> ImageTarget:
     """The original beside the target: to keep its states of all patches instead would take more memory."""
     from audit.image_target import ImageTarget
-    from audit.inventory import take_inventory
 
-    inventory = take_inventory(case.folder("original"))
+    inventory = case.inventory("original")
     original = ImageTarget("original", inventory, device=str(target.device), dtype=target.dtype)
     if original.layers != target.layers:
         raise BadInput(f"the original has {original.layers} blocks, the {target.role} model {target.layers}")

@@ -169,12 +169,11 @@ class SaeRestoration(Attack):
         """One: the target, with all that is put into it."""
         if target.role != "target":
             return []
-        from audit.inventory import take_inventory
 
         recipe, options = recipe_for(case, target), case.options
         sets = ",".join(case.sets[name].digest for name in (*_COMPARED, "utility") if name in case.sets)
         given = [file.read_bytes() for file in sorted(self._folder.glob("*.*"))] if self._folder else []
-        original = take_inventory(case.folder("original")).digest if "original" in case.models else ""
+        original = case.inventory("original").digest if "original" in case.models else ""
         used = f"{hashlib.sha256(b''.join(given)).hexdigest()}/{original}"
         depends = f"{recipe}/{ALPHAS}/{CARRIED}/{options.seed}/{options.budget}/{target.template}/{sets}/{used}"
         return [Stage(f"sae@{recipe.layer}", depends)]
@@ -315,13 +314,12 @@ def _original_states(
     import torch
 
     from audit.capture import Engine
-    from audit.inventory import take_inventory
     from audit.target import Target
 
     if "original" not in case.models:
         return {}
     target.release()  # one model in memory at a time
-    inventory = take_inventory(case.folder("original"))
+    inventory = case.inventory("original")
     other = Target("original", inventory, device=str(target.device), dtype=target.dtype, template=target.template)
     if other.layers != target.layers or any(_forks(case, other, name)[0] != tuple(forks[name]) for name in forks):
         return {}

@@ -14,8 +14,8 @@ from audit.record import Finding, Record, SetEntry
 from reports import words
 from reports.comparison import Caveat, Mismatch
 
-_ELSEWHERE = ("seed", "device", "dtype", "only", "skip", "memory")
-"""Options that the record holds in its environment too, or that choose instruments without changing them."""
+_ELSEWHERE = ("seed", "device", "dtype", "only", "skip", "memory", "allow")
+"""Options that the record holds in its environment or its limits too, or that choose instruments unchanged."""
 _Item = TypeVar("_Item")
 
 

@@ -168,7 +168,7 @@ def test_llama_is_seen_for_what_it_is(by_llama):
     assert (can.api, can.scores, can.whole, can.likeliest) == ("completions", "forced", True, 512)
     assert can.context == 512 and by_llama.inventory.parameters == 260032
     assert by_llama.inventory.access == Access.LOGPROBS
-    assert any("reported before it" in line for line in by_llama.inventory.stated)
+    assert any("reported before it" in line for line in by_llama.inventory.limits)
 
 
 @settings(max_examples=12, deadline=None)
@@ -321,7 +321,7 @@ def test_the_wrong_tokenizer_is_found_out(stories, tmp_path):
             with pytest.raises(BadInput, match="not the tokenizer of the model"):
                 probe(Client(endpoint(server, tokenizer=tmp_path)))
             larger = probe(Client(endpoint(server, tokenizer=stories)))
-            assert larger.access == Access.TEXT and "not sent to it as ids" in larger.stated[1]
+            assert larger.access == Access.TEXT and "not sent to it as ids" in larger.limits[1]
 
 
 def test_a_server_that_knows_no_such_model_or_key_says_so():

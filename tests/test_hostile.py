@@ -72,6 +72,7 @@ def test_hostile_folders(tmp_path, row):
         take_inventory(folder)
     assert time.process_time() - start < 5
     check(str(caught.value), row)
+    assert caught.value.todo and str(caught.value) == f"{caught.value.fault}; {caught.value.todo}"
     assert not canary.exists()
 
 

@@ -514,7 +514,7 @@ PARTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "adapter alone": (
         lambda m: (m / "model.safetensors").rename(m / "adapter_model.safetensors"),
-        "adapter_model.safetensors: an adapter, not a whole model: merge the adapter first",
+        "adapter_model.safetensors: an adapter, not a whole model; merge the adapter first",
     ),
     "GGUF and safetensors": (lambda m: gguf(m / "x.gguf"), "x.gguf: ambiguous"),
 }

@@ -74,6 +74,12 @@ class Endpoint:
         """As a folder's name: what the record calls the model."""
         return self.model
 
+    @property
+    def server(self) -> tuple[str, int]:
+        """Its host and port."""
+        parts = urlsplit(self.url)
+        return parts.hostname or "", parts.port or {"http": 80, "https": 443}[parts.scheme]
+
     @classmethod
     def parse(cls, raw: Mapping[str, Any], where: str, base: Path) -> Endpoint:
         """From the table of a case; unknown keys and values of another kind are bad input. Paths lie in `base`."""

@@ -1,7 +1,7 @@
 """What a server can be asked, found out by asking: the inventory of a model that lies elsewhere.
 
     probed = probe(Client(endpoint))
-    probed.can, probed.access, probed.stated
+    probed.can, probed.access, probed.limits
 
 Asked anew at the start of every run: evidence is kept under what was found, so that a server which changed between
 two runs finds none of the other's. Only a plain refusal, or an answer without what was asked for, shows that
@@ -40,7 +40,7 @@ _MOST_WHOLE = 1 << 13
 """A distribution over so many tokens is asked for whole, at some 90 bytes each."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Probed(Inventory):
     """An endpoint's inventory: no files but the tokenizer's, and what the server can be asked."""
 
@@ -54,7 +54,7 @@ class Probed(Inventory):
         return Access.LOGPROBS if self.can.scores else Access.TEXT
 
     @property
-    def stated(self) -> list[str]:
+    def limits(self) -> list[str]:
         """For the record: where the model is, and what could be asked of it."""
         can, endpoint = self.can, self.client.endpoint
         why = "of which it tells none" if can.ids else "which are not sent to it as ids, or are counted as others"
@@ -104,6 +104,7 @@ def probe(client: Client) -> Probed:
         weight_files=() if folder is None else folder.weight_files,
         tokenizer_files=() if folder is None else folder.tokenizer_files,
         tensors=() if folder is None else folder.tensors,
+        identities={} if folder is None else folder.identities,
         client=client,
         can=can,
         tokenizer=folder,
