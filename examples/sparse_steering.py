@@ -1,4 +1,4 @@
-"""A look inside: train a sparse autoencoder, read it, and steer with it; SAELens and TransformerLens objects throughout.
+"""A look inside: train a sparse autoencoder, read it and steer with it, by SAELens and TransformerLens objects.
 
 You will see: a model that hides what it knows, as a `TransformerBridge`; a top-k autoencoder of its states, a
 `sae_lens.SAE` that saves and loads as any other; which of its features mark forgotten people; and that the answers come
@@ -115,7 +115,7 @@ def right(bridge, name, push, alpha):
     ids, ends = padded(prompts[name])
     every = torch.arange(len(ids))
 
-    def add(h, hook):
+    def add(h, hook):  # noqa: ARG001
         h[every, ends] += alpha * push
         return h
 

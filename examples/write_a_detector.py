@@ -1,8 +1,8 @@
 """Write a detector: from a plain function to a finding with its control, and a verdict on it.
 
-You will see: a statistic of sixteen lines that asks how sure the model is of its next word, without being told the right
-one; its comparison with what was never taught, its interval and its positive control, all of which come from one call;
-three audits by it alone, of the original, the unlearned and the retrained model; and why it must not decide by itself.
+You will see: a statistic that asks how sure the model is of its next word, without being told the right one; its
+comparison with what was never taught, its interval and its positive control, all of which come from one call; three
+audits by it alone, of the original, the unlearned and the retrained model; and why it must not decide by itself.
 
     python examples/write_a_detector.py [--quick]
 """

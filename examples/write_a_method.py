@@ -95,5 +95,5 @@ axes[0][0].invert_yaxis()
 figure.suptitle("Where the new method stands (filled: evidence; grey: too small to count)", x=0.01, ha="left")
 here.picture(figure, "write-a-method")
 
-# %% How to read it. A method whose models are found by the lens or by relearning hides what it was to remove. One organism
-# says little: `audit bench` builds each method on several bases and seeds, and fits thresholds on others (docs/bench.md).
+# %% How to read it. A method whose models are found by the lens or by relearning hides what it was to remove. One
+# organism says little: `audit bench` builds each on several bases and seeds, and fits thresholds on others.

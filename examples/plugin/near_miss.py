@@ -1,7 +1,7 @@
 """Near miss: how near to being said is the right answer, where another is said?
 
-For each token of an answer, r = the number of tokens that the model finds likelier. A row scores the mean of 1 / (1 + r)
-over its answer: 1 if every token is the model's first choice, 1/2 if each is the second, towards 0 if far away.
+For each token of an answer, r = the number of tokens that the model finds likelier. A row scores the mean of
+1 / (1 + r) over its answer: 1 if every token is the model's first choice, 1/2 if each is the second, towards 0 if far.
 
 Source: mean reciprocal rank, Voorhees 1999 (TREC-8 question answering); as a trace of what was forgotten, an example.
 
