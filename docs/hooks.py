@@ -14,6 +14,7 @@ import inspect
 import posixpath
 import re
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from audit.instrument import Access, Broken, Instrument, is_attack, load, load_all
+from audit.instrument import Instrument, is_attack, load_all
 from audit.record import Question
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     path = page.file.src_uri
     text = markdown if path in FROM_ROOT else relinked(markdown, f"docs/{posixpath.dirname(path)}", files)
     folder, _, name = path.removesuffix(".md").rpartition("/")
-    return text + reference(load(name)) if folder == "instruments" and name != "index" else text
+    return text + reference(registered()[name]) if folder == "instruments" and name != "index" else text
 
 
 def relinked(text: str, folder: str, files: Files) -> str:
@@ -73,6 +74,12 @@ def relinked(text: str, folder: str, files: Files) -> str:
     pieces = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
     relative = r"\[([^\]]*)\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)"
     return "".join(piece if piece.startswith("```") else re.sub(relative, link, piece) for piece in pieces)
+
+
+@cache
+def registered() -> dict[str, Instrument]:
+    """The instruments by name, by question and name."""
+    return {item.name: item for item in load_all() if isinstance(item, Instrument)}
 
 
 # --- the navigation
@@ -95,7 +102,7 @@ def _completed(nav: list[Any], pages: set[str]) -> list[Any]:
 
 def _instruments(pages: set[str]) -> list[Any]:
     """By question; those of images by themselves."""
-    found = [item for item in load_all() if not isinstance(item, Broken) and f"instruments/{item.name}.md" in pages]
+    found = [item for item in registered().values() if f"instruments/{item.name}.md" in pages]
     groups = [
         (words, [i for i in found if i.question is q and i.modality != "image"]) for q, words in QUESTIONS.items()
     ]
@@ -141,7 +148,7 @@ def reference(instrument: Instrument) -> str:
 
 def _access(instrument: Instrument) -> str:
     names = [f"{access.name.lower()} for {finding}" for finding, access in instrument.withheld_below.items()]
-    return "; ".join([instrument.access.name.lower() if isinstance(instrument.access, Access) else "", *names])
+    return "; ".join([instrument.access.name.lower(), *names])
 
 
 def _runs(instrument: Instrument) -> str:

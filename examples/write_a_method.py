@@ -18,8 +18,6 @@ import matplotlib.pyplot as plt
 from setting import COLOURS, setting
 
 from audit.bench.rows import run
-from audit.bench.tables import tables
-from audit.bench.text import markdown
 from audit.case import Budget, Case, Options
 from audit.loaders import SetSpec
 from audit.organisms import methods
@@ -70,7 +68,8 @@ else:
     made = run(organisms, here.out / "bench", budget="quick", workers=1, only=ASKED, told=print)
     found = {row.history: row for row in made}
     verdicts = {row.history: row.verdict for row in made}
-    print(markdown(tables(made)))
+    for row in made:
+        print(f"{row.name}: {row.label} by construction, verdict {row.verdict}")
 
 # %% The picture: what each statistic shows of forget rows beyond rows that were never taught.
 
@@ -91,7 +90,7 @@ for axis, name in zip(axes[0], statistics, strict=True):
     axis.set(title=SHOWN[name], xlim=(-0.35, 1.05), xlabel="accuracy, forget − holdout")
 said = [f"{HISTORIES[history]}\n{verdicts[history]}" for history in found]
 axes[0][0].set_yticks(range(len(said)), said)
-axes[0][0].invert_yaxis()
+axes[0][0].set_ylim(len(said) - 0.5, -0.5)
 figure.suptitle("Where the new method stands (filled: evidence; grey: too small to count)", x=0.01, ha="left")
 here.picture(figure, "write-a-method")
 
