@@ -156,7 +156,7 @@ def test_the_auditor_s_and_the_regulator_s_commands_work(tmp_path: Path, monkeyp
     assert set(codes.values()) == {0}
     assert {command for page, command in codes if page == "auditor"} == {"inventory", "report", "keygen", "sign"}
     assert {command for page, command in codes if page == "regulator"} == {"verify", "report", "note"}
-    assert {"report.html", "report.md", "attestation.json", "notes.jsonl"} <= {
+    assert {"report.html", "summary.md", "attestation.json", "notes.jsonl"} <= {
         p.name for p in Path("my-audit").iterdir()
     }
 

@@ -80,7 +80,7 @@ def test_sparse_steering(out, monkeypatch):
         for name in made["SETS"]:
             # Nothing is put in at α = 0, whatever is pushed.
             assert found[name, "experts"][middle].value == found[name, "random"][middle].value
-        assert found["retain", "experts"][middle].value > 0.8
+        assert found["retain", "experts"][middle].value > found["holdout", "experts"][middle].value + 0.3
 
 
 def test_write_a_detector(out, monkeypatch):
