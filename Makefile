@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that spin while they wait for each other slow small models manifold on a machine with other work.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup test lint demo bench clean
+.PHONY: setup test lint demo bench examples site clean
 
 setup: .venv/.installed
 
@@ -32,5 +32,12 @@ demo: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+# Each draws a picture into examples-out/; with QUICK=--quick in seconds.
+examples: setup
+	set -e; for script in $(filter-out examples/setting.py,$(wildcard examples/*.py)); do echo "$$script"; $(BIN)/python $$script $(QUICK); done
+
+site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv audit-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv site examples-out audit-demo .pytest_cache .mypy_cache .ruff_cache

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from audit.tokens import Tokens
 
 GROUP = "palimpsest.instruments"
+_HOST = "palimpsest-audit"
 
 
 class Access(IntEnum):
@@ -175,9 +176,13 @@ def names() -> list[str]:
 
 
 def everyday() -> list[str]:
-    """Names of those that are part of every scan, sorted; imports all. A broken one would be, for all one knows."""
-    made = {name: _make(point) for name, point in sorted(_points().items())}
-    return [name for name, item in made.items() if isinstance(item, Broken) or not (item.dear or item.aside)]
+    """Names of those that are part of every scan and can be loaded, sorted; imports all."""
+    return sorted(item.name for item in load_all() if isinstance(item, Instrument) and not (item.dear or item.aside))
+
+
+def guests() -> frozenset[str]:
+    """Names of those that come from other packages than this one; imports none of them."""
+    return frozenset(name for name, point in _points().items() if _package(point) != _HOST)
 
 
 def load(name: str) -> Instrument:
@@ -191,7 +196,7 @@ def load(name: str) -> Instrument:
         near = difflib.get_close_matches(name, points, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise BadInput(f"no instrument named {name!r}{hint} (see `audit list`)")
-    made = _make(points[name])
+    made = _make(name, points[name])
     if isinstance(made, Broken):
         raise BadInput(f"instrument {name!r}: {made.reason}")
     return made
@@ -200,7 +205,7 @@ def load(name: str) -> Instrument:
 def load_all() -> list[Instrument | Broken]:
     """All registered instruments in the order of the five questions; those that fail come last, as `Broken`."""
     order = list(Question)
-    made = [_make(point) for _, point in sorted(_points().items())]
+    made = [_make(name, point) for name, point in sorted(_points().items())]
     good = [item for item in made if isinstance(item, Instrument)]
     return [
         *sorted(good, key=lambda i: (order.index(i.question), i.name)),
@@ -219,21 +224,43 @@ def select(only: Sequence[str], skip: Sequence[str]) -> list[Instrument | Broken
 
 
 def _points() -> dict[str, EntryPoint]:
+    """What is registered, by name. The project's own keep their names, of others the first package by its name does.
+
+    What would take the name of another is found as `package:name`, and is broken.
+    """
     points: dict[str, EntryPoint] = {}
-    for point in entry_points(group=GROUP):
+    for point in sorted(entry_points(group=GROUP), key=lambda p: (_package(p) != _HOST, _package(p))):
         other = points.setdefault(point.name, point)
         if other.value != point.value:
-            raise BadInput(f"two instruments named {point.name!r}: {other.value} and {point.value}")
+            points[f"{_package(point)}:{point.name}"] = point
     return points
 
 
-def _make(point: EntryPoint) -> Instrument | Broken:
+def _package(point: EntryPoint) -> str:
+    return "unknown package" if point.dist is None else point.dist.name
+
+
+def _make(name: str, point: EntryPoint) -> Instrument | Broken:
+    """The instrument, or what is wrong with it: a third party's must not take a scan with it, whatever it is."""
+    if name != point.name:
+        return Broken(name, f"{point.value} takes the name of another instrument, which keeps it")
     try:
         made = point.load()()
-    except Exception as error:  # a third party's module may raise anything; it must not take the scan with it
-        return Broken(point.name, f"cannot be loaded: {type(error).__name__}: {error}")
+        fault = _fault(made, point)
+    except (Exception, SystemExit) as error:
+        return Broken(name, f"cannot be loaded: {type(error).__name__}: {error}")
+    return Broken(name, fault) if fault else made
+
+
+def _fault(made: object, point: EntryPoint) -> str:
+    """How it breaks the contract; empty if it does not."""
     if not isinstance(made, Instrument):
-        return Broken(point.name, f"{point.value} is no Instrument")
+        return f"{point.value} is no Instrument"
+    absent = [attribute for attribute in ("name", "title", "question", "reference") if not hasattr(made, attribute)]
+    if absent:
+        return f"{point.value} has no {absent[0]}"
     if made.name != point.name:
-        return Broken(point.name, f"calls itself {made.name!r}")
-    return made
+        return f"calls itself {made.name!r}"
+    if not isinstance(made.question, Question) or not isinstance(made.access, Access):
+        return f"{point.value}: question and access must be a `Question` and an `Access`"
+    return ""

@@ -19,13 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from audit.case import Case
 from audit.errors import AuditError, BadInput, Damaged, Incomplete, NoAccess, Refused
 from audit.holding import held
-from audit.instrument import Access, Attack, Broken, Instrument, select
+from audit.instrument import Access, Attack, Broken, Instrument, guests, select
 from audit.inventory import Inventory, sees_images
 from audit.offline import network_closed
 from audit.profile import Domain, Profile, fitting, shipped
@@ -85,11 +86,7 @@ class _Run:
         if isinstance(error, Refused):
             raise error
         self.instruments = [i for i in self.instruments if i is not instrument]
-        reason = str(error) if isinstance(error, AuditError) else f"{type(error).__name__}: {error}"
-        failed = not isinstance(error, AuditError)
-        self.not_run.append(
-            NotRun(instrument=instrument.name, question=instrument.question, reason=reason, failed=failed)
-        )
+        self.not_run.append(_failed(instrument, error))
 
     def charge(self, instrument: Instrument, seconds: float, tokens: int = 0) -> None:
         """Add to what an instrument cost."""
@@ -142,8 +139,11 @@ def scan(
     open_target: Callable[..., OpenModel] | None = None,
     evidence_folder: Path | None = None,
     profiles: Sequence[Profile] | None = None,
+    instruments: Sequence[Instrument] | None = None,
 ) -> Record:
     """Audit `case`, keep evidence and record in `out`, and return the record.
+
+    `instruments` run instead of those that the case names (all that are registered, if it names none).
 
     `evidence_folder` is where evidence is kept instead, for scans that share an original. Of `profiles` (those that
     come with the package, if not given) the first that fits the case sets the thresholds.
@@ -171,7 +171,7 @@ def scan(
         _sweep(out, evidence_folder)
 
         def begin() -> _Run:
-            run = _Run(case, kept, progress, *_choose(case))
+            run = _Run(case, kept, progress, *_choose(case, instruments))
             run.limits += [*_limits(case), *(f"{role}: {said}" for role, i in inventories.items() for said in i.limits)]
             run.inventories = inventories
             return run
@@ -286,23 +286,37 @@ def _sweep(out: Path, evidence_folder: Path | None) -> None:
             sweep(store)
 
 
-def _choose(case: Case) -> tuple[list[Instrument], list[NotRun]]:
+def _choose(case: Case, given: Sequence[Instrument] | None = None) -> tuple[list[Instrument], list[NotRun]]:
     chosen: list[Instrument] = []
     not_run: list[NotRun] = []
-    for item in select(case.options.only, case.options.skip):
+    for item in select(case.options.only, case.options.skip) if given is None else given:
         if isinstance(item, Instrument) and item.modality not in (case.modality, "any"):
             continue  # no part of an audit of this kind of model
         if isinstance(item, Broken):
             not_run.append(NotRun(instrument=item.name, reason=item.reason, failed=True))
-        elif reason := item.missing(case):
+            continue
+        try:
+            reason, withheld = item.missing(case), item.withheld(case)
+        except Exception as error:
+            not_run.append(_failed(item, error))
+            continue
+        if reason:
             not_run.append(NotRun(instrument=item.name, question=item.question, reason=reason))
         else:
             chosen.append(item)
             not_run += [
-                NotRun(instrument=finding, question=item.question, reason=reason)
-                for finding, reason in item.withheld(case).items()
+                NotRun(instrument=finding, question=item.question, reason=why) for finding, why in withheld.items()
             ]
-    return chosen, not_run
+    # Where two ask differently under one name, the later one is dropped: let it be the third party's.
+    third_party = guests()
+    return sorted(chosen, key=lambda instrument: instrument.name in third_party), not_run
+
+
+def _failed(instrument: Instrument, error: Exception) -> NotRun:
+    """The row of an instrument that failed, or that declined by an error made on purpose."""
+    reason = str(error) if isinstance(error, AuditError) else f"{type(error).__name__}: {error}"
+    failed = not isinstance(error, AuditError)
+    return NotRun(instrument=instrument.name, question=instrument.question, reason=reason, failed=failed)
 
 
 def _limits(case: Case) -> list[str]:
@@ -681,8 +695,11 @@ def _measure_all(run: _Run, evidence: Evidence) -> tuple[list[Finding], list[Exa
         for i, instrument in enumerate(list(run.instruments)):
             began = time.monotonic()
             try:
-                found = instrument.measure(run.case, evidence)
-                for row, values in instrument.examples(run.case, evidence).items():
+                found = _own(instrument, instrument.measure(run.case, evidence))
+                shown = instrument.examples(run.case, evidence)
+                if odd := [v for values in shown.values() for v in values.values() if not isinstance(v, Real | str)]:
+                    raise TypeError(f"examples gave a {type(odd[0]).__name__}, neither number nor text")
+                for row, values in shown.items():
                     drill.setdefault(row, {}).update(values)
                 findings += found
             except Incomplete:
@@ -692,6 +709,18 @@ def _measure_all(run: _Run, evidence: Evidence) -> tuple[list[Finding], list[Exa
             run.charge(instrument, time.monotonic() - began)
             tick(i + 1)
     return findings, _examples(run.case, drill)
+
+
+def _own(instrument: Instrument, found: Sequence[Finding]) -> list[Finding]:
+    """The findings, if all are of this instrument: in another's name they would be judged as the other's."""
+    for finding in found:
+        if not isinstance(finding, Finding):
+            raise TypeError(f"measure gave a {type(finding).__name__}, which is no Finding")
+        if finding.instrument != instrument.name or not finding.id.startswith(f"{instrument.name}/"):
+            raise ValueError(f"measure gave a finding {finding.id!r} of {finding.instrument!r}, which is not its own")
+    if len({finding.id for finding in found}) < len(found):
+        raise ValueError("measure gave two findings of one name")
+    return list(found)
 
 
 def _examples(case: Case, drill: dict[str, dict[str, float | str]]) -> list[ExampleRow]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from typer.main import get_command
+from worlds import audit_here, build_tiny
 
 import cli
 from audit import instrument
@@ -20,8 +21,12 @@ from audit.loaders import FIELDS, parse_set_spec
 from audit.presets import PRESET_NAMES
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RUN = [ROOT / "README.md", *sorted((ROOT / "docs" / "instruments").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/plugin/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+START = ROOT / "docs" / "start"
+RUN = [ROOT / "README.md", START / "researcher.md", *sorted((ROOT / "docs" / "instruments").glob("*.md"))]
 
 MADE_APART = {ROOT / "docs" / name for name in ("report.png", "studies.md", "benchmarks.md", "bench-full.md")}
 """Made by studies and a browser rather than written: links to them are right before they are there."""
@@ -112,7 +117,7 @@ def invocations(page: Path) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_options_exist(page: Path) -> None:
     every = set().union(*commands().values())
-    text = re.sub(r".*python -m benchmarks.*", "", page.read_text("utf-8"))  # a program of its own
+    text = re.sub(r".*python -m (benchmarks|pip|pytest).*", "", page.read_text("utf-8"))  # programs of their own
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text):
         assert option in every, f"{name(page)}: no command has {option}"
     for command, line in invocations(page):
@@ -135,6 +140,30 @@ def test_the_first_scan_is_a_scan_of_the_demo() -> None:
     used = {word for word in words if word.startswith("audit-demo/")}
     assert len(used) == 6
     assert used <= made
+
+
+def test_the_auditor_s_and_the_regulator_s_commands_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typed in their order, on the desk of one who has run `audit demo` and was handed a public key."""
+    (tmp_path / "audit-demo").symlink_to(build_tiny().folder)
+    monkeypatch.chdir(tmp_path)
+    codes = {}
+    for page in ("auditor", "regulator"):
+        for command, line in invocations(START / f"{page}.md"):
+            if line in blocks_of_commands(START / f"{page}.md") and command != "demo":
+                codes[page, command] = audit_here(monkeypatch, *shlex.split(line)[1:])
+    scanned = codes.pop(("auditor", "scan"))
+    assert scanned in (0, 1), "evidence or none"
+    assert set(codes.values()) == {0}
+    assert {command for page, command in codes if page == "auditor"} == {"inventory", "report", "keygen", "sign"}
+    assert {command for page, command in codes if page == "regulator"} == {"verify", "report", "note"}
+    assert {"report.html", "summary.md", "attestation.json", "notes.jsonl"} <= {
+        p.name for p in Path("my-audit").iterdir()
+    }
+
+
+def blocks_of_commands(page: Path) -> str:
+    """All console blocks, with continued lines joined."""
+    return re.sub(r"\\\n\s*", " ", "".join(blocks(page, "console")))
 
 
 # --- cases ----------------------------------------------------------------------------------------------------

@@ -336,6 +336,47 @@ class Declines(Toy):
         raise BadInput("too few rows to say anything")
 
 
+class CannotSay(Toy):
+    name = "cannot-say"
+
+    def missing(self, case):
+        raise AttributeError("no such thing")
+
+
+class NoFinding(Toy):
+    name = "no-finding"
+
+    def measure(self, case, evidence):
+        return [None]
+
+
+class InAnothersName(Toy):
+    name = "in-anothers-name"  # but its findings are the toy's
+
+
+class Twice(Toy):
+    name = "twice"
+
+    def measure(self, case, evidence):
+        [found] = super().measure(case, evidence)
+        return [found.model_copy(update={"id": "twice/length", "instrument": "twice"})] * 2
+
+
+class OddExamples(Twice):
+    name = "odd-examples"
+
+    def measure(self, case, evidence):
+        return []
+
+    def examples(self, case, evidence):
+        return {"forget-0": {"generated": "x", "score": [1.0]}}
+
+
+class Unasked(Toy):
+    name = "unasked"
+    question = "leakage"
+
+
 class CallsItselfOther(Toy):
     name = "other"
 
@@ -388,13 +429,15 @@ def test_what_breaks_becomes_rows_and_exit_4(registered, monkeypatch, tmp_path, 
     registered(
         ("toy", "Toy"), ("crashes", "Crashes"), ("asks-wrongly", "AsksWrongly"), ("declines", "Declines"),
         ("absent", "nowhere_to_be_found:X"), ("other-name", "CallsItselfOther"), ("unfinished", "Unfinished"),
-        ("no-instrument", "NoInstrument"), own=False,
+        ("no-instrument", "NoInstrument"), ("cannot-say", "CannotSay"), ("no-finding", "NoFinding"), ("twice", "Twice"),
+        ("in-anothers-name", "InAnothersName"), ("odd-examples", "OddExamples"), ("unasked", "Unasked"), own=False,
     )  # fmt: skip
     assert audit_here(monkeypatch, *scan_words(tmp_path, "--fail-on", "never")) == 4
     record = Record.read(tmp_path)
     assert [finding.id for finding in record.findings] == ["toy/length"], "the others' findings are not lost"
     rows = {row.instrument: row for row in record.not_run}
-    failed = {"crashes", "asks-wrongly", "absent", "other-name", "unfinished", "no-instrument"}
+    failed = {"crashes", "asks-wrongly", "absent", "other-name", "unfinished", "no-instrument", "cannot-say"}
+    failed |= {"no-finding", "twice", "in-anothers-name", "odd-examples", "unasked"}
     assert {name for name, row in rows.items() if row.failed} == failed
     assert set(rows) == failed | {"declines"}
     assert "too few rows" in rows["declines"].reason
@@ -404,6 +447,11 @@ def test_what_breaks_becomes_rows_and_exit_4(registered, monkeypatch, tmp_path, 
     assert "'other'" in rows["other-name"].reason
     assert "unfinished" in rows["unfinished"].reason.lower()
     assert "no Instrument" in rows["no-instrument"].reason
+    assert "NoneType" in rows["no-finding"].reason
+    assert "'toy/length' of 'toy'" in rows["in-anothers-name"].reason
+    assert "two findings" in rows["twice"].reason
+    assert "list" in rows["odd-examples"].reason
+    assert "must be a `Question`" in rows["unasked"].reason
     assert rows["crashes"].question == Question.TRACE
     assert record.verdict.label.value == "inconclusive"
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -430,19 +478,20 @@ def test_a_request_under_another_s_name_never_changes_the_other_s_findings(regis
     registered(("clashes", "Clashes"))
     order = {"clashes": "clashes,memorization", "memorization": "memorization,clashes"}[first]
     beside = quiet_scan(small_case(only=order), tmp_path / "beside")
-    dropped = {row.instrument for row in beside.not_run if row.failed}
+    assert {row.instrument for row in beside.not_run if row.failed} == {"clashes"}, "a third party's comes last"
     kept = {f.id: f for f in beside.findings}
-    assert len(dropped) == 1
-    if dropped == {"clashes"}:
-        assert [kept[f.id].estimate for f in alone.findings] == [f.estimate for f in alone.findings]
-    else:
-        assert not any(f.instrument == "memorization" for f in beside.findings)
+    assert [kept[f.id].estimate for f in alone.findings] == [f.estimate for f in alone.findings]
 
 
-def test_two_instruments_of_one_name_are_refused(registered):
-    registered(("lens", "Toy"))
-    with pytest.raises(BadInput, match=r"two instruments named 'lens'.*probes.lens:Lens.*Toy"):
-        names()
+def test_the_project_s_instruments_keep_their_names(registered):
+    registered(("lens", "Toy"), ("toy", "Toy"), ("toy", "Crashes"))
+    assert type(load("lens")).__module__ == "probes.lens"
+    assert isinstance(load("toy"), Toy)
+    taken = {item.name: item.reason for item in load_all() if isinstance(item, Broken)}
+    assert set(taken) == {"unknown package:lens", "unknown package:toy"}
+    assert all("takes the name of another instrument" in reason for reason in taken.values())
+    assert "unknown package:lens" in names()
+    assert "unknown package:lens" not in [item.name for item in select([], ["unknown package:lens"])]
 
 
 def test_one_instrument_registered_twice_is_one(registered):

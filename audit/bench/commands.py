@@ -152,9 +152,15 @@ def bench(
 
 
 def _instruments(text: str | None) -> list[str]:
-    from audit.instrument import load
+    """Those named; none if all are meant, and then what cannot be loaded is said."""
+    from audit.instrument import Broken, load, load_all
 
-    return [load(name).name for name in text.split(",")] if text else []
+    if text:
+        return [load(name).name for name in text.split(",")]
+    for item in load_all():
+        if isinstance(item, Broken):
+            err.print(f"left out: {item.name}: {item.reason}", markup=False, highlight=False)
+    return []
 
 
 def calibrate(
