@@ -153,6 +153,15 @@ def scan(
     return record
 
 
+def capture(case: Case, evidence_folder: Path, *, progress: Progress = SILENT) -> Evidence:
+    """What a scan of the case would read: passes only, nothing measured; those that the folder holds are not run.
+
+    Raises:
+        Refused, BadInput, Incomplete: as `scan`.
+    """
+    return _capture_all(_Run(case, evidence_folder, progress, *_choose(case)), take_inventories(case, progress))
+
+
 def _choose(case: Case) -> tuple[list[Instrument], list[NotRun]]:
     chosen: list[Instrument] = []
     not_run: list[NotRun] = []

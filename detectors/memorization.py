@@ -176,3 +176,16 @@ class Memorization(Instrument):
             contrast(STRENGTH, lambda role, name: np.array([extraction_strength(m) for m in matches(role, name)])),
             free_running,
         ]
+
+    def examples(self, case: Case, evidence: Evidence) -> dict[str, dict[str, float | str]]:
+        """Per forget row: both teacher-forced statistics."""
+        if case.options.access < Access.LOGPROBS:
+            return {}
+        values = evidence.iterate("target", "forget/answer", "token")
+        return {
+            row.id: {
+                "exact memorization": exact_memorization(v["match"]),
+                "extraction strength": extraction_strength(v["match"]),
+            }
+            for row, v in zip(case.rows("forget"), values, strict=True)
+        }
