@@ -153,13 +153,23 @@ def scan(
     return record
 
 
-def capture(case: Case, evidence_folder: Path, *, progress: Progress = SILENT) -> Evidence:
+def capture(
+    case: Case,
+    evidence_folder: Path,
+    *,
+    instruments: Sequence[Instrument] | None = None,
+    progress: Progress = SILENT,
+) -> Evidence:
     """What a scan of the case would read: passes only, nothing measured; those that the folder holds are not run.
+
+    For the instruments that the case chooses, or others: who wants numbers of their own needs an `Instrument` that asks
+    for them, registered or not.
 
     Raises:
         Refused, BadInput, Incomplete: as `scan`.
     """
-    return _capture_all(_Run(case, evidence_folder, progress, *_choose(case)), take_inventories(case, progress))
+    chosen, not_run = _choose(case) if instruments is None else (list(instruments), [])
+    return _capture_all(_Run(case, evidence_folder, progress, chosen, not_run), take_inventories(case, progress))
 
 
 def _choose(case: Case) -> tuple[list[Instrument], list[NotRun]]:
