@@ -433,8 +433,8 @@ class BothSides:
             "Min-K 0.05: MUSE; Min-K++: mink-plus-plus, ReCaLL",
             f"NaN on {sum(map(math.isnan, short))} of {len(short)} rows",
             number(fmean(membership.min_k(v["logprob"], 0.05) for v in self.captured("neighbor"))),
-            "int(k L) is 0 for fewer than 1/k tokens (real authors' names), and the mean of nothing NaN; here one token "
-            "at least, as in open-unlearning",
+            "int(k L) is 0 for fewer than 1/k tokens (real authors' names), and the mean of nothing NaN; here one "
+            "token at least, as in open-unlearning",
         )
         yield self._recall(plain, [row.answer for row in rows])
         depths, faithful = self.depths(True), self.depths(False)
@@ -473,8 +473,8 @@ class BothSides:
             "loss with the end of text: open-unlearning, TOFU",
             number(fmean(ended)),
             number(fmean(scored.loss for scored in answers)),
-            "an end token is appended; it counts for probabilities and truth ratios, and not for Min-K, EM and ES; here "
-            "for none",
+            "an end token is appended; it counts for probabilities and truth ratios, not for Min-K, EM and ES; here for "
+            "none",
         )
         said = list(zip(asking.continued_rows(self.case, "retain"), self.written("retain"), strict=True))
         muse = RougeScorer(["rougeL"], use_stemmer=False)

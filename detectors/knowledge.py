@@ -59,6 +59,11 @@ from audit.record import Control, Finding, Question
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = [
+    "Knowledge", "answer_probability", "choice_correct", "forget_quality", "forget_truth_ratio", "model_utility",
+    "normalized_probability", "retain_truth_ratio", "rouge_l_recall", "token_scores", "truth_ratio",
+]  # fmt: skip
+
 LOG_FLOOR = -1e4
 """Lowest log-probability that is told from another, nats. A masked token (-inf) counts as this, so that
 sums and ratios stay finite while its probability stays exactly 0."""

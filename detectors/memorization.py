@@ -47,6 +47,8 @@ from audit.record import Finding, Question
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["Memorization", "exact_memorization", "extraction_strength", "longest_common_run", "verbatim_overlap"]
+
 
 def _matches(match: ArrayLike) -> NDArray[np.bool_]:
     array = np.asarray(match)
