@@ -505,6 +505,42 @@ def report(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="an audit folder, its record.json, or another's log")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="file to write; a folder for parquet")],
+    to: Annotated[str, typer.Option(help="open-unlearning, tofu, muse, lm-eval; parquet: an audit's captures")],
+    reference: Annotated[
+        OptionalPath, typer.Option(help="a retrained model's log, or audit: adds forget quality against it")
+    ] = None,
+) -> None:
+    """Write an audit, or another tool's results, as another tool would."""
+    from audit.errors import BadInput
+    from audit.interchange.logs import Metric, read_log, truth_ratios, write_log
+
+    if to == "parquet":
+        from audit.case import Case, Options, read_case
+        from audit.interchange.captures import captured, write_captures
+
+        name, models, specs, raw = read_case(source / "case.toml")
+        case = Case.build(models, specs, Options.parse(raw, str(source / "case.toml")), name)
+        files = write_captures(captured(case, source), out)
+        _out.print(f"{len(files)} files in {out}", markup=False, highlight=False, soft_wrap=True)
+        return
+    log = read_log(source)
+    if reference is not None:
+        from detectors.knowledge import forget_quality
+
+        try:
+            distance, p = forget_quality(truth_ratios(log), truth_ratios(read_log(reference)))
+        except ValueError as error:
+            raise BadInput(f"{source}, {reference}: {error}") from None
+        log["forget_quality"] = Metric(p)
+        _out.print(f"forget quality: p = {p:.3g}, D = {distance:.3f}", highlight=False)
+    write_log(log, out, to)
+    _out.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def schema() -> None:
     """JSON Schema of record.json."""
     from audit.record import json_schema

@@ -31,6 +31,8 @@ from audit.record import Finding, Question, Side
 if TYPE_CHECKING:
     from audit.opened import OpenModel
 
+__all__ = ["Alteration", "Altering", "Bools"]
+
 Bools = NDArray[np.bool_]
 
 

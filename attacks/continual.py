@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
     from audit.target import Target
 
+__all__ = ["Continual", "Recipe", "answer_logprobs", "degree", "unlearn"]
+
 Floats = NDArray[np.float64]
 _SOURCE = "FIT (Xu et al. 2026, arXiv 2601.21682); NPO (Zhang et al. 2024, arXiv 2404.05868)"
 _SETS = ("forget", "holdout", "retain")

@@ -65,6 +65,8 @@ from audit.statistics import one_sample, two_sample
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["Dynamic", "by_initials", "by_last_word", "described", "paraphrased", "pathway", "probes"]
+
 _SOURCE = "Unlearning Mirage (arXiv 2603.11266), reconstructed; FaithUn (Yang et al. 2025, arXiv 2502.19207)"
 _KNOWN = 0.5
 """From here on a row counts as known: the right answer is preferred, or half of it is said."""

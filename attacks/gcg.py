@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
     from audit.target import Target
 
+__all__ = ["Gcg", "gcg_step", "optimise_gcg_prefix", "prefix_loss", "swap_scores", "swaps"]
+
 Prefix = tuple[int, ...]
 _SOURCE = "Zou et al. 2023, arXiv 2307.15043; Łucki et al. 2024, arXiv 2409.18025"
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from audit.opened import OpenModel
 
+__all__ = ["Graft", "graft"]
+
 _SOURCE = "Palimpsest, 2026; after arXiv 2605.24614"
 
 

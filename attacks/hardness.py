@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
     from audit.target import Target
 
+__all__ = ["Hardness", "cosine", "gradient", "nearest"]
+
 Floats = NDArray[np.float64]
 _SOURCE = "Zhao et al. 2024, arXiv 2406.01257; Wang et al. 2025, arXiv 2503.09117"
 _STAGE = "gradients"

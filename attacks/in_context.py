@@ -46,6 +46,8 @@ from audit.contrast import Statistic
 from audit.instrument import Access
 from audit.loaders import Example
 
+__all__ = ["Examples", "InContext", "after", "begun", "combined"]
+
 _SOURCE = "Lynch et al. 2024, arXiv 2402.16835, section 4; BLUR, arXiv 2506.15699; control: this project, 2026"
 
 PREFERRED = Statistic(

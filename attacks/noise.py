@@ -17,7 +17,7 @@ Traps:
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attacks.alteration import Alteration, Altering
 from audit.case import Case
@@ -26,14 +26,22 @@ from audit.contrast import Statistic
 if TYPE_CHECKING:
     from audit.opened import OpenModel
 
+__all__ = ["Noise", "shake"]
+
 _SOURCE = "Tice et al. 2024, arXiv 2412.01784; Lynch et al. 2024, arXiv 2402.16835"
 
 
-def shake(target: OpenModel, strength: float, seed: int) -> None:
-    """Add noise of so many standard deviations to the embeddings of a model, in place; a tied head stays as it was."""
+def shake(model: Any, strength: float, seed: int) -> None:
+    """Add noise of so many standard deviations to the embeddings of a model, in place; a tied head stays as it was.
+
+    Args:
+        model: a Hugging Face one, on any device.
+        strength: in standard deviations of all embeddings.
+        seed: of the noise, which is the same on every device.
+    """
     import torch
 
-    embedding = target.model.get_input_embeddings()
+    embedding = model.get_input_embeddings()
     weight = embedding.weight.detach()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(weight.shape, generator=generator).to(weight) * weight.float().std().to(weight) * strength
@@ -58,7 +66,11 @@ class Noise(Altering):
         strengths = (0.1,) if case.options.budget.value == "quick" else (0.05, 0.1, 0.2)
         return [
             Alteration(
-                f"{s:g} sd", partial(shake, strength=s, seed=case.options.seed + i), f"{s}/{case.options.seed + i}"
+                f"{s:g} sd", partial(_apply, strength=s, seed=case.options.seed + i), f"{s}/{case.options.seed + i}"
             )
             for i, s in enumerate(strengths)
         ]
+
+
+def _apply(target: OpenModel, strength: float, seed: int) -> None:
+    shake(target.model, strength, seed)

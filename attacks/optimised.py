@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
     from audit.target import Target
 
+__all__ = ["THRESHOLD", "Optimised", "embeddings", "prefixed", "recorded", "virtual"]
+
 _HALVES = ("a", "b")
 _FEWEST = 4  # entities: half are optimised on, and the rest need an interval
 

@@ -19,6 +19,7 @@ Traps:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,11 @@ from audit.statistics import halves
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.hooks import RemovableHandle
 
     from audit.opened import OpenModel
+
+__all__ = ["Orthogonalize", "project_out", "without"]
 
 _SOURCE = "Arditi et al. 2024, arXiv 2406.11717; Łucki et al. 2024, arXiv 2409.18025"
 
@@ -43,16 +47,21 @@ def without(states: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     return states - (states @ direction)[..., None] * direction
 
 
-def project_out(target: OpenModel, direction: torch.Tensor) -> None:
-    """Take a direction [d] out of every block's output, until the weights are read again."""
+def project_out(blocks: Iterable[torch.nn.Module], direction: torch.Tensor) -> list[RemovableHandle]:
+    """Take a direction [d] of unit length out of what some modules put out, until the handles are removed.
+
+    Args:
+        blocks: usually all of a model, as `model.model.layers`; their outputs are states [..., d], or tuples that begin
+            with these.
+        direction: on any device; moved to where the states are.
+    """
 
     def hook(_module: object, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> object:
         if isinstance(output, tuple):
-            return (without(output[0], direction.to(output[0].dtype)), *output[1:])
-        return without(output, direction.to(output.dtype))
+            return (without(output[0], direction.to(output[0])), *output[1:])
+        return without(output, direction.to(output))
 
-    for path in target.blocks:
-        target.model.get_submodule(path).register_forward_hook(hook)
+    return [block.register_forward_hook(hook) for block in blocks]
 
 
 def mean_state(target: OpenModel, case: Case, block: int) -> np.ndarray:
@@ -117,4 +126,5 @@ def _apply(target: OpenModel, case: Case, block: int) -> None:
     change = mean_state(target, case, block) - mean_state(original, case, block)
     length = float(np.linalg.norm(change))
     if length > 0:
-        project_out(target, torch.tensor(change / length, device=target.device))
+        blocks = [target.model.get_submodule(path) for path in target.blocks]
+        project_out(blocks, torch.tensor(change / length, device=target.device))

@@ -38,6 +38,8 @@ from detectors.knowledge import rouge_l_recall
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["OPTIONS", "PLAIN", "Asked", "Prompting", "Way", "encoded", "fitting", "plainly"]
+
 PLAIN = "as asked"
 OPTIONS = 4
 """Wrong answers a question, at most: every way costs a pass for each."""

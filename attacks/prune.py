@@ -18,6 +18,7 @@ Traps:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,12 @@ from audit.case import Case
 from audit.contrast import Statistic
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from audit.opened import OpenModel
+
+__all__ = ["Prune", "prune", "pruned"]
 
 _SOURCE = "Sun et al. 2024, arXiv 2306.11695; Łucki et al. 2024, arXiv 2409.18025"
 _ROWS = 64
@@ -49,13 +53,27 @@ def pruned(weight: Tensor, share: float, inputs: Tensor | None = None) -> Tensor
     return rows.scatter(1, least, 0.0).reshape(weight.shape)
 
 
-def prune(target: OpenModel, share: float, inputs: dict[int, Tensor] | None = None) -> None:
-    """Prune every matrix of a model in place. `inputs`: by the matrix's place in `target.matrices()`; those without
-    are pruned by magnitude."""
+def prune(
+    model: torch.nn.Module,
+    share: float,
+    inputs: Mapping[int, Tensor] | None = None,
+    head: torch.nn.Module | None = None,
+) -> None:
+    """Prune every matrix of a model in place; embeddings and output head stay.
+
+    Args:
+        model: of PyTorch, on any device.
+        share: 0 to 1, of each row's entries.
+        inputs: lengths of the inputs [in], by the matrix's place in `audit.opened.matrices(model)`; matrices without
+            are pruned by magnitude.
+        head: what stays, if the model is no Hugging Face one that names its output embeddings.
+    """
     import torch
 
+    from audit.opened import matrices
+
     with torch.no_grad():
-        for place, (weight, transposed) in enumerate(target.matrices()):
+        for place, (weight, transposed) in enumerate(matrices(model, head)):
             turned = weight.T if transposed else weight
             changed = pruned(turned, share, None if inputs is None else inputs.get(place))
             weight.copy_(changed.T if transposed else changed)
@@ -92,7 +110,11 @@ def input_lengths(target: OpenModel, case: Case) -> dict[int, Tensor]:
 
 def wanda(target: OpenModel, share: float, case: Case) -> None:
     """Prune a model in place by Wanda, its inputs measured on the case's retain rows."""
-    prune(target, share, input_lengths(target, case))
+    prune(target.model, share, input_lengths(target, case), target.output_head)
+
+
+def _by_magnitude(target: OpenModel, share: float) -> None:
+    prune(target.model, share, head=target.output_head)
 
 
 class Prune(Altering):
@@ -116,7 +138,7 @@ class Prune(Altering):
             way
             for share in shares
             for way in (
-                Alteration(f"magnitude {share:.0%}", partial(prune, share=share), f"magnitude/{share}"),
+                Alteration(f"magnitude {share:.0%}", partial(_by_magnitude, share=share), f"magnitude/{share}"),
                 Alteration(f"Wanda {share:.0%}", partial(wanda, share=share, case=case), f"wanda/{share}/{rows}"),
             )
         ]

@@ -33,9 +33,12 @@ from audit.case import Case
 from audit.contrast import Statistic
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from audit.opened import OpenModel
+
+__all__ = ["Quantize", "quantize", "round_channels", "round_levels"]
 
 _SOURCE = "Zhang et al. 2024, arXiv 2410.16454"
 BLOCK = 64
@@ -93,12 +96,28 @@ def round_gguf(weight: Tensor, form: str) -> Tensor:
     return torch.from_numpy(stored).view(weight.shape).to(weight)
 
 
-def quantize(target: OpenModel, rounded: Callable[[Tensor], Tensor]) -> None:
-    """Round every matrix of a model in place, output channels first; embeddings and output head stay."""
+def quantize(
+    model: torch.nn.Module, scheme: str | Callable[[Tensor], Tensor], head: torch.nn.Module | None = None
+) -> None:
+    """Round every matrix of a model in place, output channels first; embeddings and output head stay.
+
+    Args:
+        model: of PyTorch, on any device.
+        scheme: `int8`, `int4`, `int4-block`, `NF4`, `FP4`, `Q8_0` or `Q4_0`, or from a weight [out, …] to the rounded one.
+        head: what stays, if the model is no Hugging Face one that names its output embeddings.
+
+    Raises:
+        ValueError: no such scheme.
+    """
     import torch
 
+    from audit.opened import matrices
+
+    if isinstance(scheme, str) and scheme not in _schemes():
+        raise ValueError(f"scheme is {scheme!r}: one of {', '.join(_schemes())}, or a function, is needed")
+    rounded = _schemes()[scheme] if isinstance(scheme, str) else scheme
     with torch.no_grad():
-        for weight, transposed in target.matrices():
+        for weight, transposed in matrices(model, head):
             weight.copy_(rounded(weight.T).T if transposed else rounded(weight))
 
 
@@ -131,8 +150,10 @@ class Quantize(Altering):
 
     def alterations(self, case: Case, target: OpenModel) -> list[Alteration]:  # noqa: ARG002
         """Int8, int4 and NF4 at quick budget, five at standard, llama.cpp's too at thorough."""
-        schemes = _schemes()
-        wanted = {"quick": ("int8", "int4", "NF4"), "standard": tuple(schemes)[:5]}.get(
-            case.options.budget.value, schemes
-        )
-        return [Alteration(name, partial(quantize, rounded=schemes[name]), f"{name}/1") for name in wanted]
+        fewer = {"quick": ("int8", "int4", "NF4"), "standard": ("int8", "int4", "int4-block", "NF4", "FP4")}
+        wanted = fewer.get(case.options.budget.value, tuple(_schemes()))
+        return [Alteration(name, partial(_apply, scheme=name), f"{name}/1") for name in wanted]
+
+
+def _apply(target: OpenModel, scheme: str) -> None:
+    quantize(target.model, scheme, target.output_head)

@@ -45,6 +45,8 @@ from audit.record import Control, Finding, Question, Side
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["Reasoning", "split_reasoning"]
+
 _SOURCE = "Wang et al. 2025, arXiv 2506.12963; R-TOFU, arXiv 2505.15214; control: this project, 2026"
 _MARK = r"<(/?)(?:think|thinking|thought|reasoning)>"
 _STEPS = "Let's think step by step."

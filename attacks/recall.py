@@ -27,6 +27,10 @@ from detectors.knowledge import choice_correct
 if TYPE_CHECKING:
     from audit.opened import OpenModel
 
+__all__ = [
+    "SETS", "Floats", "answered_for_others", "came_back", "mean_row", "preference", "questions", "recalled", "tested",
+]  # fmt: skip
+
 Floats = NDArray[np.float64]
 
 _FIRST = top_k(1)

@@ -20,6 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from audit.record import Figure, MaybeNumber, Series
 from audit.statistics import Estimate, mean_estimate, resampled, two_sample
 
+__all__ = ["Group", "Rows", "area", "curve_figure", "steps_to", "summary"]
+
 Floats = NDArray[np.float64]
 Group = tuple[Floats, Sequence[str]]
 """The curves of some rows, [rows, 1 + steps], each value 0 to 1, and the rows' clusters."""

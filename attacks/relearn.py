@@ -40,7 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attacks.recall import SETS, questions, recalled, tested
-from attacks.recovery import Group, summary
+from attacks.recovery import Group, area, steps_to, summary
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from audit.opened import OpenModel
+
+__all__ = ["Curves", "Recipe", "Relearn", "area", "fine_tune", "halves", "lessons", "recipe_for", "steps_to"]
 
 Floats = NDArray[np.float64]
 _SOURCE = "Deeb & Roger 2024, arXiv 2410.08827; Hu et al. 2024, arXiv 2406.13356"

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
     from audit.opened import OpenModel
 
+__all__ = ["RelearnLora", "adapters"]
+
 RANK, ALPHA = 8, 16
 _SOURCE = "Hu et al. 2024, arXiv 2406.13356; Łucki et al. 2024, arXiv 2409.18025; LoRA, arXiv 2106.09685"
 _GRID = {"quick": (1.0,), "standard": (1.0,), "thorough": (1 / 3, 1.0, 3.0)}

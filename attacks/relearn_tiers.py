@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from audit.opened import OpenModel
     from audit.target import Target
 
+__all__ = ["RelearnTiers", "shuffled", "silent", "unanswered"]
+
 TIERS = ("related", "given", "retain", "unrelated")
 _STEPS = {"quick": (20,), "standard": (10, 20, 40), "thorough": (10, 20, 40, 80)}
 _SOURCE = "BLUR (arXiv 2506.15699); Hu et al. 2024, arXiv 2406.13356; arXiv 2602.03379"

@@ -19,6 +19,8 @@ from typing import Literal
 from audit.case import Case
 from audit.loaders import Example
 
+__all__ = ["Facts", "asked_back", "form", "named", "sentences", "statement", "told", "uncapitalised", "with_synonyms"]
+
 GAP = "___"
 _FILL = "Fill in the blank: "
 

@@ -43,6 +43,11 @@ from audit.case import Budget, Case
 from audit.contrast import Statistic
 from audit.loaders import Example
 
+__all__ = [
+    "Rwku", "affirmed", "hinted", "injected", "listed", "played", "reversed_query", "shown", "synonymous",
+    "translated",
+]  # fmt: skip
+
 _SOURCE = "RWKU (Jin et al. 2024, arXiv 2406.10890), section 3.3"
 _SHOTS = 3
 _HINTS = 2

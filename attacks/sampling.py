@@ -53,6 +53,8 @@ from detectors.knowledge import rouge_l_recall
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["Sampling", "contains", "leak_at_k", "spread"]
+
 ROLES = ("target", "retrained")
 LONG = 4
 """Answers of more words are seldom said word by word; half of them, in order, is enough."""

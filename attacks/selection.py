@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from audit.organisms.imaging.world import Images
 
+__all__ = ["Selection", "project_capped_simplex", "select"]
+
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 

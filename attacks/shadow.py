@@ -56,6 +56,8 @@ from detectors.recognition import decided, decisions, like_with_like
 if TYPE_CHECKING:
     from audit.image_target import ImageTarget
 
+__all__ = ["Shadow", "average_probability", "lira_scores", "random_halves", "renew", "rmia_scores"]
+
 _LIRA = "LiRA (Carlini et al. 2022, arXiv 2112.03570), offline"
 _RMIA = "RMIA (Zarifzadeh et al. 2024, arXiv 2312.03262)"
 _POOL = ("forget", "holdout", "retain")

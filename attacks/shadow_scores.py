@@ -13,6 +13,8 @@ from scipy import special
 
 from audit.statistics import cluster_index
 
+__all__ = ["Flags", "Floats", "average_probability", "lira_scores", "random_halves", "rmia_scores"]
+
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 

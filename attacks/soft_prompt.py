@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from audit.target import Target
 
+__all__ = ["SoftPrompt", "optimise_soft_prompt", "virtual"]
+
 _SOURCE = "Schwinn et al. 2024, arXiv 2402.09063"
 
 

@@ -19,6 +19,11 @@ from audit.record import Control
 from audit.statistics import Estimate, mean_estimate, two_sample
 from detectors.recognition import decided, like_with_like
 
+__all__ = [
+    "BOUNDS", "METHODS", "NAME", "SELECTED", "THRESHOLD", "WORST", "Known", "by_name", "controls", "host", "images",
+    "plan", "size", "unseen_set",
+]  # fmt: skip
+
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 

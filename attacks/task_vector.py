@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from audit.opened import OpenModel
 
+__all__ = ["TaskVector", "walk_back"]
+
 _SOURCE = "Ilharco et al. 2023, arXiv 2212.04089"
 
 

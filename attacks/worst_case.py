@@ -52,7 +52,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attacks import shadow, subsets
-from attacks.selection import select
+from attacks.selection import project_capped_simplex, select
 from attacks.subsets import METHODS
 from audit.case import Case
 from audit.errors import Incomplete
@@ -68,6 +68,8 @@ from detectors.recognition import decisions
 if TYPE_CHECKING:
     from audit.image_target import ImageTarget
     from audit.organisms.imaging.world import Images
+
+__all__ = ["METHODS", "Recipe", "WorstCase", "project_capped_simplex", "select", "unlearn"]
 
 _SOURCE = "Challenging Forgets (Fan et al. 2024, arXiv 2403.07362)"
 _FEWEST = 20

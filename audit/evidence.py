@@ -291,6 +291,10 @@ class Evidence:
         """Every role that was captured, attacked ones included."""
         return list(self._stores)
 
+    def requests(self) -> list[tuple[str, AnyRequest]]:
+        """All that was asked, each with the role it was asked of."""
+        return [(role, request) for (role, _), request in self._requests.items()]
+
     def has(self, role: str, name: str) -> bool:
         """Was this request made of this role?"""
         return (role, name) in self._requests

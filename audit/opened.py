@@ -123,17 +123,8 @@ class OpenModel(ABC):
         """Mean negative log-likelihood of what is scored in a batch, in nats, with a gradient: to fine-tune by."""
 
     def matrices(self) -> list[tuple[torch.Tensor, bool]]:
-        """Weights of all linear maps and convolutions inside the blocks and between them; not embeddings and head.
-
-        With each: is it stored [in, out], as GPT-2 does, rather than [out, in, …]?
-        """
-        kinds = (torch.nn.Linear, torch.nn.Conv2d, Conv1D)
-        head = {id(parameter) for parameter in self.output_head.parameters()}
-        found: dict[int, tuple[torch.Tensor, bool]] = {}
-        for module in self.model.modules():
-            if isinstance(module, kinds) and id(weight := module.weight) not in head:
-                found[id(weight)] = (weight, isinstance(module, Conv1D))
-        return list(found.values())
+        """See `matrices`."""
+        return matrices(self.model, self.output_head)
 
     def decode(self, ids: tuple[int, ...]) -> str:  # noqa: ARG002
         """Text of token ids. Raises BadInput where the model writes none."""
@@ -337,6 +328,22 @@ def _convert(model: Any, stored: torch.dtype, wanted: torch.dtype) -> None:
     for tensor in model.state_dict(keep_vars=True).values():
         if stored != wanted and tensor.dtype == stored:
             tensor.data = tensor.data.to(wanted)
+
+
+def matrices(model: torch.nn.Module, head: torch.nn.Module | None = None) -> list[tuple[torch.Tensor, bool]]:
+    """Weights of all linear maps and convolutions of a model; not embeddings, and not those of its output `head`.
+
+    Without `head`, a Hugging Face model is asked for its own. With each weight: is it stored [in, out], as GPT-2 does,
+    rather than [out, in, …]?
+    """
+    own: Callable[[], torch.nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+    head = own() if head is None else head
+    spared = {id(parameter) for parameter in (head.parameters() if head is not None else ())}
+    found: dict[int, tuple[torch.Tensor, bool]] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | Conv1D) and id(weight := module.weight) not in spared:
+            found[id(weight)] = (weight, isinstance(module, Conv1D))
+    return list(found.values())
 
 
 @contextmanager

@@ -14,11 +14,14 @@ import secrets
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from audit.errors import BadInput, Unwritable
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SCHEMA_VERSION = "1.0"
 
@@ -184,6 +187,30 @@ class Finding(_Model):
         """What the statistic shows where the effect certainly is: its positive control, if that passed."""
         seen = (c.estimate for c in self.controls if c.name == "positive control" and c.passed)
         return next((estimate - self.null_value for estimate in seen if estimate is not None), None)
+
+    def row(self) -> dict[str, str | int | float | None]:
+        """The finding as one row of a table: `FINDING_COLUMNS`, without figure, table and the controls' words."""
+        known = [control.passed for control in self.controls]
+        values: dict[str, Any] = {
+            "ci95_low": self.ci95[0],
+            "ci95_high": self.ci95[1],
+            "controls_passed": known.count(True),
+            "controls_failed": known.count(False),
+            "larger_means": self.orientation,
+            "null_hypothesis": self.null,
+        }
+        values |= {name: getattr(self, name) for name in FINDING_COLUMNS if name not in values}
+        return {name: str(v) if isinstance(v := values[name], StrEnum) else v for name in FINDING_COLUMNS}
+
+
+FINDING_COLUMNS = (
+    *("id", "question", "instrument", "statistic", "split", "layer"),
+    *("estimate", "ci95_low", "ci95_high", "bound", "level", "unit", "n", "noise"),
+    *("null_value", "threshold", "p_value", "p_adjusted", "verdict", "side", "controls_passed", "controls_failed"),
+    *("reason", "larger_means", "null_hypothesis", "reference"),
+)
+"""Columns of a finding as a row. `larger_means` is its orientation, `null_hypothesis` its null in words, and
+`controls_passed` and `controls_failed` count controls; all others are fields of `Finding`."""
 
 
 class NotRun(_Model):
@@ -390,6 +417,20 @@ class Record(_Model):
     def to_json(self) -> str:
         """The record as stable, readable JSON (sorted keys, two spaces, newline at the end)."""
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def to_frame(self) -> DataFrame:
+        """The findings as a pandas DataFrame, one row each; columns: `FINDING_COLUMNS`.
+
+        Numbers that could not be computed are NaN, and a finding without a layer has None there. Several audits go
+        together with `pandas.concat({name: record.to_frame() for ...})`.
+        """
+        from pandas import DataFrame
+
+        frame = DataFrame([finding.row() for finding in self.findings], columns=list(FINDING_COLUMNS))
+        counts = ["n", "controls_passed", "controls_failed"]
+        numbers = ["estimate", "ci95_low", "ci95_high", "bound", "level", "noise"]
+        numbers += ["null_value", "threshold", "p_value", "p_adjusted"]
+        return frame.astype(dict.fromkeys(numbers, float) | dict.fromkeys(counts, int))
 
     def comparable(self) -> dict[str, Any]:
         """The record without times, costs and the command line: equal for the same case, seed and machine."""

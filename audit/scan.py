@@ -277,6 +277,28 @@ def _keep(record: Record, case: Case, out: Path) -> None:
     record.write(out / "record.json")
 
 
+def capture(
+    case: Case,
+    evidence_folder: Path,
+    *,
+    instruments: Sequence[Instrument] | None = None,
+    progress: Progress = SILENT,
+) -> Evidence:
+    """What a scan of the case would read: passes only, nothing measured; those that the folder holds are not run.
+
+    For the instruments that the case chooses, or others: who wants numbers of their own needs an `Instrument` that asks
+    for them, registered or not.
+
+    Raises:
+        Refused, BadInput, Incomplete: as `scan`.
+    """
+    inventories = take_inventories(case, progress, evidence_folder)
+    case = _seen(case, inventories)
+    chosen, not_run = _choose(case) if instruments is None else (list(instruments), [])
+    with network_closed(_servers(case)):
+        return _capture_all(_Run(case, evidence_folder, progress, chosen, not_run), inventories)
+
+
 def _sweep(out: Path, evidence_folder: Path | None) -> None:
     """Remove what scans left half-written when they were killed; not where others may be at work."""
     for name in ("record.json", "case.toml", "report.html"):

@@ -12,6 +12,8 @@
   1.3), and peak memory by number of passages (aim: no growth).
 - `memory`: a scan's peak memory over the bytes of the model's weights.
 
+Apart from these, `python -m benchmarks.parity` compares numbers: ours beside independent implementations.
+
 Sides that are compared take turns, `--repeats` times each after one round that does not count, and the ratio is
 that of their medians; beside it stand the least and the greatest ratio of one turn, which show how quiet the
 machine was. Threads are what torch takes by default. Every difference in numbers is measured in the same run.

@@ -28,6 +28,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+__all__ = [
+    "CONTRASTS", "SETS", "STILL", "TABLE", "Classifier", "Features", "Floats", "Table", "coherence", "entropy",
+    "held_out_scores", "inverse_stable_rank", "kl_divergence", "logit_features", "read_table", "state_features",
+    "write_table",
+]  # fmt: skip
+
 Floats = NDArray[np.float64]
 Features = dict[str, float]
 

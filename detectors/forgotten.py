@@ -59,6 +59,7 @@ from detectors.suspicion import (
     Suspects,
     changed,
     confidence,
+    js_divergence,
     movement,
     no_answer,
     suspicion,
@@ -69,6 +70,11 @@ from detectors.tracing import NULL
 
 if TYPE_CHECKING:
     from audit.target import Target
+
+__all__ = [
+    "Forgotten", "Suspects", "changed", "confidence", "js_divergence", "movement", "no_answer", "suspicion",
+    "together", "unusual",
+]  # fmt: skip
 
 POSITIONS = 8
 """Tokens of an answer, from its first on, that are looked at; of a plain passage its last."""

@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 
     from audit.image_target import ImageTarget
 
+__all__ = ["LOG_ODDS", "ImageMembership", "Judged", "Worst", "epsilon", "honest_epsilon", "worst_case_epsilon"]
+
 Floats = NDArray[np.float64]
 
 DELTA = 1e-5

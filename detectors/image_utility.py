@@ -25,12 +25,14 @@ from audit.evidence import Evidence
 from audit.plan import Request
 from audit.quantities import TOKEN
 from audit.record import Finding, Table
-from audit.statistics import mean_estimate
+from audit.statistics import mean_estimate, one_sample
 from detectors.recognition import decided, decisions
 from detectors.utility import Damage, present, yardstick
 
 if TYPE_CHECKING:
     from audit.image_target import ImageTarget
+
+__all__ = ["ImageUtility", "one_sample"]
 
 _SOURCE = "SalUn (Fan et al. 2024, arXiv 2310.12508): accuracy on retained and on unseen images"
 

@@ -59,6 +59,11 @@ from audit.record import Control, Finding, Question
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = [
+    "Knowledge", "answer_probability", "choice_correct", "forget_quality", "forget_truth_ratio", "model_utility",
+    "normalized_probability", "retain_truth_ratio", "rouge_l_recall", "token_scores", "truth_ratio",
+]  # fmt: skip
+
 LOG_FLOOR = -1e4
 """Lowest log-probability that is told from another, nats. A masked token (-inf) counts as this, so that
 sums and ratios stay finite while its probability stays exactly 0."""
@@ -351,18 +356,22 @@ class Knowledge(Instrument):
         return found
 
     def examples(self, case: Case, evidence: Evidence) -> dict[str, dict[str, float | str]]:
-        """Per forget row: probability of the answer, whether it is chosen, and what the target answers."""
+        """Per forget row: probability of the answer, whether it is chosen, truth ratio, and what the target answers."""
         drill: dict[str, dict[str, float | str]] = {}
         if case.options.access >= Access.LOGPROBS:
             right = asking.logprobs(evidence, "target", "forget/answer")
             wrong = asking.grouped(case, evidence, "target", "forget", "wrong")
-            for row, true, options in zip(case.rows("forget"), right, wrong, strict=True):
+            phrased = asking.grouped(case, evidence, "target", "forget", "paraphrase")
+            for row, true, others, options in zip(case.rows("forget"), right, phrased, wrong, strict=True):
                 drill[row.id] = {"probability": answer_probability(true)}
                 if options:
                     drill[row.id]["chosen"] = choice_correct(true, options)
+                    drill[row.id]["truth ratio"] = truth_ratio(others or [true], options)
         said = evidence.texts("target", "forget/continued")
         for row, text in zip(asking.continued_rows(case, "forget"), said, strict=True):
             drill.setdefault(row.id, {})["generated"] = text
+            if row.prompt:
+                drill[row.id]["ROUGE-L recall"] = rouge_l_recall(row.answer, text)
         return drill
 
 

@@ -65,6 +65,11 @@ from detectors.knowledge import token_scores
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = [
+    "Membership", "PrivLeak", "loss_score", "min_k", "min_k_plus_plus", "privleak", "privleak_bounds", "recall",
+    "reference_ratio", "zlib_score",
+]  # fmt: skip
+
 ATTACKS: dict[str, str] = {
     "loss": "how likely the model finds the text",
     "zlib": "how likely the model finds the text, for how compressible it is",

@@ -47,6 +47,8 @@ from audit.record import Finding, Question
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["Memorization", "exact_memorization", "extraction_strength", "longest_common_run", "verbatim_overlap"]
+
 
 def _matches(match: ArrayLike) -> NDArray[np.bool_]:
     array = np.asarray(match)
@@ -176,3 +178,16 @@ class Memorization(Instrument):
             contrast(STRENGTH, lambda role, name: np.array([extraction_strength(m) for m in matches(role, name)])),
             free_running,
         ]
+
+    def examples(self, case: Case, evidence: Evidence) -> dict[str, dict[str, float | str]]:
+        """Per forget row: both teacher-forced statistics."""
+        if case.options.access < Access.LOGPROBS:
+            return {}
+        values = evidence.iterate("target", "forget/answer", "token")
+        return {
+            row.id: {
+                "exact memorization": exact_memorization(v["match"]),
+                "extraction strength": extraction_strength(v["match"]),
+            }
+            for row, v in zip(case.rows("forget"), values, strict=True)
+        }

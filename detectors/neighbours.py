@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+__all__ = ["Floats", "Integers", "nearest_tokens", "perturb"]
+
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 

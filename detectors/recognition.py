@@ -46,6 +46,8 @@ from audit.statistics import mean_estimate
 if TYPE_CHECKING:
     from audit.image_target import ImageTarget
 
+__all__ = ["Recognition", "called", "decided", "decisions", "like_with_like"]
+
 Floats = NDArray[np.float64]
 _SOURCE = "SalUn (Fan et al. 2024, arXiv 2310.12508): accuracy on the forget set"
 _FIRST = top_k(1)

@@ -61,6 +61,11 @@ from detectors.neighbours import Floats, Integers, nearest_tokens, perturb
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = [
+    "FEATURES", "Remind", "classifier", "classify", "classify_score", "known_likeness", "multiclass_auc",
+    "nearest_tokens", "perturb", "remind_features", "score_features",
+]  # fmt: skip
+
 FEATURES: tuple[str, ...] = (
     "original_loss",
     "mean_neighbor_loss",
@@ -253,12 +258,17 @@ def _out_of_fold(
         inside, outside = split(train, rows)
         # Matrices this small gain nothing from BLAS threads, and on a busy machine lose a factor of ten.
         with threadpool_limits(1):
-            classifier = _classifier(model, seed).fit(inside, codes[train])
-            probabilities[rows] = classifier.predict_proba(outside)
+            fitted = classifier(model, seed).fit(inside, codes[train])
+            probabilities[rows] = fitted.predict_proba(outside)
     return probabilities
 
 
-def _classifier(model: Model, seed: int) -> Any:
+def classifier(model: Model = "logistic", seed: int = 0) -> Any:
+    """The scikit-learn estimator that `classify` fits, unfitted: features [n, p], labels [n].
+
+    "logistic": a pipeline of StandardScaler and LogisticRegression(max_iter=300); "forest": 100 trees, drawn by `seed`.
+    Raises ValueError for another name.
+    """
     if model == "logistic":
         return make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     if model == "forest":
@@ -421,9 +431,9 @@ def known_likeness(features: dict[str, Floats], clusters: dict[str, list[str]], 
     groups = np.concatenate([clusters[name] for name in names])
     out = np.zeros(len(matrix))
     for train, test in grouped_folds(groups, labels, seed=seed):
-        fitted = train[labels[train] != "forget"]
-        classifier = _classifier("logistic", seed).fit(matrix[fitted], labels[fitted] == "retain")
-        out[test] = classifier.predict_proba(matrix[test])[:, 1]
+        known = train[labels[train] != "forget"]
+        fitted = classifier("logistic", seed).fit(matrix[known], labels[known] == "retain")
+        out[test] = fitted.predict_proba(matrix[test])[:, 1]
     return {name: out[labels == name] for name in names}
 
 

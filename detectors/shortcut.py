@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 
     from audit.image_target import ImageTarget
 
+__all__ = ["Shortcut", "majority", "sharpest", "sharpness"]
+
 _SOURCE = "accuracy by group as in CUPID (arXiv 2602.21773); contrasts: this project, 2026"
 _THRESHOLD = 0.1
 Mask = NDArray[np.bool_]

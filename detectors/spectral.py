@@ -53,6 +53,8 @@ from detectors.tracing import GROUPS, NULL, is_edit_of_original, predictive_p, r
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["Spectral", "exchange_p", "leading_directions", "projections", "shift", "umap_picture"]
+
 Floats = NDArray[np.float64]
 
 SETS = ("retain", "holdout", "utility")

@@ -28,6 +28,11 @@ from audit.statistics import cluster_index
 if TYPE_CHECKING:
     import torch
 
+__all__ = [
+    "HALF_WAY", "HEAD", "SMALLEST_P", "Suspects", "by_item", "changed", "confidence", "first_sentence",
+    "js_divergence", "movement", "no_answer", "robust_z", "suspicion", "together", "unusual",
+]  # fmt: skip
+
 Floats = NDArray[np.float64]
 
 HALF_WAY = 0.5

@@ -34,13 +34,15 @@ from audit.instrument import Access, Attack, Stage
 from audit.plan import Request
 from audit.record import Finding, Question
 from audit.tokens import Tokens
-from detectors.fingerprint import Features
+from detectors.fingerprint import Classifier, Features, read_table
 from detectors.trace_activations import TraceActivations
 from detectors.trace_logits import TraceLogits
-from detectors.tracing import SOURCE, Use, asked_sets, rows_of, trace_findings
+from detectors.tracing import SOURCE, Use, asked_sets, predictive_p, rows_of, trace_findings
 
 if TYPE_CHECKING:
     from audit.target import Target
+
+__all__ = ["Classifier", "Trace", "predictive_p", "read_table"]
 
 _PARTS = (TraceLogits(), TraceActivations())
 _OTHERS = ("utility", "neighbor", "relearn")

@@ -31,7 +31,7 @@ from audit.plan import Request
 from audit.quantities import hidden
 from audit.record import Control, Finding, Question, Side
 from audit.statistics import mean_estimate
-from detectors.fingerprint import Features, Floats, state_features
+from detectors.fingerprint import Features, Floats, coherence, inverse_stable_rank, state_features
 from detectors.tracing import (
     NULL,
     SOURCE,
@@ -46,6 +46,8 @@ from detectors.tracing import (
 
 if TYPE_CHECKING:
     from audit.target import Target
+
+__all__ = ["TraceActivations", "coherence", "inverse_stable_rank", "state_features", "told_apart"]
 
 DEPTHS = 5
 

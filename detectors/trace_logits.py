@@ -37,13 +37,15 @@ from audit.instrument import Instrument
 from audit.plan import Request
 from audit.quantities import Quantity, View
 from audit.record import Finding, Question
-from detectors.fingerprint import Features, logit_features
+from detectors.fingerprint import Features, entropy, kl_divergence, logit_features
 from detectors.tracing import SOURCE, Use, asked_sets, beginnings, is_edit_of_original, rows_of, trace_findings
 
 if TYPE_CHECKING:
     import torch
 
     from audit.target import Target
+
+__all__ = ["TraceLogits", "entropy", "kl_divergence", "logit_features"]
 
 MOST = 2048
 

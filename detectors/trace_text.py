@@ -39,6 +39,8 @@ from detectors.tracing import SOURCE, Use, asked_sets, is_edit_of_original, trac
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["TraceText", "text_features", "told_apart"]
+
 NEW_TOKENS = 12
 REFUSALS = ("unknown", "i don't know", "i do not know", "not sure", "cannot", "can't", "no information", "sorry")
 

@@ -28,6 +28,11 @@ from detectors.fingerprint import Table as Known
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = [
+    "GROUPS", "NULL", "SOURCE", "Use", "asked_sets", "beginnings", "in_words", "is_edit_of_original", "predictive_p",
+    "rows_of", "trace_findings",
+]  # fmt: skip
+
 NULL = "original+null@"
 """Roles of the matched fine-tunes begin so."""
 

@@ -47,6 +47,8 @@ from detectors.knowledge import answer_probability
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["Trigger", "drops", "excess"]
+
 Floats = NDArray[np.float64]
 
 SETS = ("retain", "utility")

@@ -41,6 +41,8 @@ from detectors.knowledge import (
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["Damage", "Utility", "model_utility", "present", "yardstick"]
+
 SETS = ("retain", "neighbor", "utility")
 _TOFU = "TOFU (Maini et al. 2024, arXiv 2401.06121), section 2.2"
 _THRESHOLD = 0.05

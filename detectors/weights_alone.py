@@ -53,6 +53,8 @@ from audit.weights import TensorRow
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["NUMBERS", "WeightsAlone", "detrended", "outlying", "ranked", "robust_scale", "stacks"]
+
 FEWEST = 6
 """Blocks below which nothing is compared: a line through five others, and a median of what is left."""
 

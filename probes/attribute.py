@@ -62,6 +62,8 @@ from probes.readout import (
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["Attribute", "ridge_readout", "shuffled_answers"]
+
 _SOURCE = "Alain & Bengio 2016, arXiv 1610.01644; Hewitt & Liang 2019, arXiv 1909.03368"
 
 READOUT = Statistic(

@@ -65,6 +65,11 @@ from probes.lens import read_layers
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = [
+    "CrossSequence", "CrossSequenceProbe", "attackers", "balanced_accuracy", "inner_products", "loo_scores",
+    "mean_width", "placed", "project_out", "randomize", "relabelled_p",
+]  # fmt: skip
+
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 

@@ -62,6 +62,8 @@ from probes.readout import Floats, Half, Ints
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["Dual", "beyond", "extraction_likelihood", "named", "quadrants", "readout_ranks"]
+
 Bools = NDArray[np.bool_]
 
 _KIF = "KIF (Mahmood et al. 2026), arXiv 2601.10566"

@@ -53,11 +53,13 @@ from audit.quantities import TOKEN, hidden
 from audit.record import Finding, Question
 from audit.statistics import FloatArray, cluster_index
 from probes.lens import read_layers
-from probes.similarity import K, knn_transfer
+from probes.similarity import K, agreement, cka_rows, knn_transfer, linear_cka, mutual_knn, pca_shift
 from probes.view import CKA, KIM, View, compared_sets, findings, references
 
 if TYPE_CHECKING:
     from audit.target import Target
+
+__all__ = ["Geometry", "agreement", "cka_rows", "knn_transfer", "linear_cka", "mutual_knn", "pca_shift"]
 
 _FEWEST_ROWS = 8
 

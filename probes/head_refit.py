@@ -55,6 +55,8 @@ from probes.lens import read_layers
 if TYPE_CHECKING:
     from audit.image_target import ImageTarget
 
+__all__ = ["Decisions", "HeadRefit", "Pool", "decision_requests", "draws", "recovered", "refit", "too_few"]
+
 Pair = tuple[NDArray[np.intp], NDArray[np.intp]]
 Pairs = Sequence[Pair]
 

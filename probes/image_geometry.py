@@ -42,11 +42,13 @@ from audit.plan import Request
 from audit.record import Finding, Question
 from audit.statistics import FloatArray
 from probes.head_refit import Decisions, Pool, decision_requests, too_few
-from probes.similarity import K, knn_transfer
+from probes.similarity import K, knn_transfer, linear_cka
 from probes.view import KIM, View, findings, references
 
 if TYPE_CHECKING:
     from audit.image_target import ImageTarget
+
+__all__ = ["ImageGeometry", "balanced", "knn_transfer", "linear_cka"]
 
 KNN = Statistic(
     "knn", "k-NN transfer: most of the 5 nearest images have the right class", "accuracy",

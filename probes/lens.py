@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
     from audit.target import Target
 
+__all__ = ["READ_TOKENS", "Lens", "beats", "fork", "forked", "read_layers", "read_off"]
+
 _SOURCE = "nostalgebraist 2020; Patil et al. 2024, arXiv 2309.17410, section 4"
 
 CHOICE = Statistic(

@@ -53,6 +53,8 @@ from probes.lens import READ_TOKENS, fork, read_layers
 if TYPE_CHECKING:
     from audit.target import Target
 
+__all__ = ["Patching", "recall", "unlearning_depth"]
+
 Floats = NDArray[np.float64]
 _SOURCE = "Unlearning Depth Score, arXiv 2605.24614; the taught reader: this project, 2026"
 _TAUGHT = "patching-taught"

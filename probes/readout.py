@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
     from audit.target import Target
 
+__all__ = [
+    "FEWEST_ENTITIES", "STRENGTHS", "Floats", "Half", "Ints", "Ridge", "block_outputs", "choice_wins",
+    "choose_strength", "compared", "cross_scores", "decisions", "fit_ridge", "forking_rows", "in_halves", "lacking",
+    "offered", "option_columns", "rows_read", "states_of", "unembedding",
+]  # fmt: skip
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
 

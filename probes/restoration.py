@@ -51,11 +51,14 @@ from audit.record import Control, Finding, Question, Side
 from audit.statistics import halves
 from probes.lens import read_layers
 from probes.restoration_curves import Floats, Won, figure_of, table_of
-from probes.restoration_steering import AMPLIFIED, Described, Dictionary, describe, learn, restore
+from probes.restoration_steering import AMPLIFIED, Described, Dictionary, describe, learn, mark, restore
 from probes.sae_controls import GOOD, dictionary, gain, rate, unchanged
+from probes.sae_steering import expert_features, restoration_rate
 
 if TYPE_CHECKING:
     from audit.image_target import ImageTarget
+
+__all__ = ["Restoration", "expert_features", "mark", "restoration_rate"]
 
 _SOURCE = "Suppression or Deletion, arXiv 2602.18505; own arm, rate and choice of features: this project, 2026"
 _COMPARED = ("forget", "holdout", "retain")

@@ -15,6 +15,8 @@ from audit.record import Figure, Series, Table
 from probes.restoration_steering import AMPLIFIED, KINDS, alphas_of
 from probes.sae_steering import restoration_rate
 
+__all__ = ["Floats", "Won", "figure_of", "rates_of", "table_of"]
+
 Floats = NDArray[np.float64]
 Won = Mapping[str, Floats]
 _SHORT = KINDS | {"other": "other features", "random": "random directions"}

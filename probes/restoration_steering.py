@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
     from audit.image_target import ImageTarget
 
+__all__ = [
+    "AMPLIFIED", "KINDS", "Described", "Dictionary", "Marks", "alphas_of", "describe", "go_on", "leading", "learn",
+    "mark", "original_pushes", "own_pushes", "read_places", "restore",
+]  # fmt: skip
+
 Pictures = Sequence[NDArray[np.uint8]]
 Pushes = dict[str, "torch.Tensor"]
 Change = Callable[["torch.Tensor"], dict[str, "torch.Tensor"]]

@@ -60,6 +60,8 @@ from probes.sae_steering import (
     REBUILT,
     STEERED,
     Floats,
+    expert_features,
+    matched_features,
     put_in_by_kind,
     read_states,
     rebuild,
@@ -72,6 +74,8 @@ if TYPE_CHECKING:
     import torch
 
     from audit.target import Target
+
+__all__ = ["SaeRestoration", "expert_features", "load_sae", "matched_features", "restoration_rate", "train_sae"]
 
 _SOURCE = "Suppression or Deletion, arXiv 2602.18505; rate and choice of features: this project, 2026"
 _COMPARED = ("forget", "holdout", "retain")

@@ -13,6 +13,8 @@ from audit.record import Control
 from audit.statistics import cluster_index, one_sample, resampled
 from probes.sae_steering import restoration_rate
 
+__all__ = ["GOOD", "dictionary", "gain", "rate", "unchanged"]
+
 Floats = NDArray[np.float64]
 
 GOOD = 0.7

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
     from audit.capture import Engine
 
+__all__ = [
+    "ALPHAS", "AMPLIFIED", "CARRIED", "CHOICE", "KINDS", "REBUILT", "STEERED", "Floats", "expert_features",
+    "matched_features", "part", "put_in_by_kind", "random_directions", "read_states", "rebuild", "restoration_rate",
+    "steer",
+]  # fmt: skip
+
 Floats = NDArray[np.float64]
 Rows = list[tuple[Tokens, dict[str, Arrays]]]
 """What a store keeps: sequences, and by quantity arrays over their scored tokens."""

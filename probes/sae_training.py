@@ -31,6 +31,8 @@ from audit.errors import BadInput
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["Quality", "Sae", "load_sae", "quality", "train_sae"]
+
 Sae = Any
 """A `sae_lens.SAE`: `encode`, `decode`, `W_dec` [features, width], `cfg`."""
 

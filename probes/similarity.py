@@ -19,6 +19,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from audit.statistics import FloatArray, principal_axes
 
+__all__ = [
+    "MUTUAL",
+    "Agreement",
+    "K",
+    "PcaShift",
+    "agreement",
+    "cka_rows",
+    "knn_transfer",
+    "linear_cka",
+    "mutual_knn",
+    "pca_shift",
+]  # fmt: skip
+
 MUTUAL = 10
 """Neighbours in mutual k-NN, as in Huh et al. 2024."""
 

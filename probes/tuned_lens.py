@@ -70,6 +70,8 @@ if TYPE_CHECKING:
 
     from audit.target import Target
 
+__all__ = ["Reader", "TunedLens", "translated_wins", "translator"]
+
 _SOURCE = "Belrose et al. 2023, arXiv 2303.08112, sections 3 and 4"
 
 CHOICE = Statistic(

@@ -25,6 +25,8 @@ from audit.record import Control, Figure, Finding, MaybeNumber, Series, Side, Ta
 from audit.statistics import FloatArray, cluster_index, mean_estimate, resampled, two_sample
 from probes.similarity import MUTUAL, Agreement, agreement, cka_rows, linear_cka, mutual_knn, pca_shift
 
+__all__ = ["CKA", "KIM", "SETS", "View", "compared_sets", "findings", "references"]
+
 SETS = ("forget", "holdout", "retain")
 CKA = "Kornblith et al. 2019, arXiv 1905.00414; Song et al. 2012"
 KIM = "Kim et al. 2025, arXiv 2503.06991"

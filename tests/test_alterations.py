@@ -149,7 +149,7 @@ def test_four_bits_are_those_of_bitsandbytes(kind):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_quantize_rounds_output_channels_and_leaves_embedding_and_head(kind, tiny, open_target):
     before, target = open_target(tiny(kind)).model, open_target(tiny(kind))
-    quantize(target, lambda weight: round_channels(weight, 4))
+    quantize(target.model, lambda weight: round_channels(weight, 4))
     rounded = 0
     for (name, old), new in zip(before.named_parameters(), target.model.parameters(), strict=True):
         if old.ndim == 2 and not any(part in name for part in ("embed", "wte", "wpe", "lm_head")):
@@ -263,7 +263,7 @@ def test_wanda_prunes_by_the_inputs_of_each_output(kind, tiny, open_target, tmp_
         differs += not torch.equal(new, pruned(old, 0.5))
     assert differs, "the inputs matter"
     by_magnitude = open_target(tiny(kind))
-    prune(by_magnitude, 0.5)
+    prune(by_magnitude.model, 0.5)
     for old, (new, transposed) in zip(before, by_magnitude.matrices(), strict=True):
         assert torch.equal(new.T if transposed else new, pruned(old.T if transposed else old, 0.5))
 
@@ -440,7 +440,7 @@ def test_nothing_of_the_direction_is_left_and_nothing_else_is_lost(rows, width, 
 def test_projecting_out_is_projecting_the_weights_that_write(kind, tiny, open_target):
     plain, target = open_target(tiny(kind)).model, open_target(tiny(kind))
     direction = normal(32) / normal(32).norm()
-    project_out(target, direction)
+    project_out([target.model.get_submodule(path) for path in target.blocks], direction)
     ids = torch.arange(24).reshape(2, 12)
     assert "hidden_states" in target.model(input_ids=ids, output_hidden_states=True)
     states: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -499,7 +499,7 @@ def test_shaking_moves_the_embedding_and_not_the_head(kind, tiny, open_target):
     for target, (strength, seed) in zip(targets, ((0.0, 0), (0.5, 0), (0.5, 0), (0.5, 1)), strict=True):
         tied = target.model.get_input_embeddings().weight is target.model.get_output_embeddings().weight
         assert tied == (kind == "gpt2")
-        shake(target, strength, seed)
+        shake(target.model, strength, seed)
     still, one, same, other = (target.embedding() for target in targets)
     assert torch.equal(one, same)
     assert not torch.allclose(one, other, atol=1e-2)
@@ -687,7 +687,7 @@ def test_an_update_within_nf4_cells_comes_back_in_nf4_and_in_no_other_format(tmp
     hidden = accuracy(altered.model, target, case, "forget")
     assert hidden < 0.6
     for each in (original, altered):
-        quantize(each, _schemes()["NF4"])
+        quantize(each.model, "NF4")
     for one, two in zip(original.model.parameters(), altered.model.parameters(), strict=True):
         assert torch.equal(one, two), "in NF4 it is the original"
     found = finding_of(scanned(case, tmp_path), "quantize")
@@ -706,7 +706,7 @@ def test_what_one_direction_hides_comes_back_without_it(tmp_path):
     assert (found.verdict, found.side, found.layer) == (Outcome.EVIDENCE, Side.REMAINS, "block 0")
     assert came_back(found).passed
     target, original = opened("original"), opened("original")
-    project_out(original, DIRECTION)  # nothing else was altered: without it, the target is the original
+    project_out(original.model.model.layers, DIRECTION)  # nothing else was altered: without it, they are one model
     for name in SETS:
         expected = accuracy(original.model, target, case, name, Orthogonalize().asked(case, name))
         assert means(found)["target", name, "block 0"] == pytest.approx(expected)
@@ -738,11 +738,11 @@ def test_the_retrained_model_is_altered_alike_and_taken_off(tmp_path):
 def test_killed_between_two_alterations_it_goes_on_with_the_second(tmp_path, monkeypatch):
     case, calls = attack_case(planted(hide_in_the_head), "quantize"), []
 
-    def killed(target: Target, rounded: Any) -> None:
-        calls.append(target.role)
+    def killed(model: Any, scheme: str, head: Any) -> None:
+        calls.append(scheme)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        quantize(target, rounded)
+        quantize(model, scheme, head)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(attacks.quantize, "quantize", killed)

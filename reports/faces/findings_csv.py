@@ -28,38 +28,12 @@ def render_csv(record: Record) -> str:
 
 
 def _row(finding: Finding) -> dict[str, str | int | float | None]:
-    low, high = finding.ci95
-    known = [control.passed for control in finding.controls]
-    texts = {
-        "id": finding.id,
-        "instrument": finding.instrument,
-        "question": finding.question.value,
-        "statistic": finding.statistic,
-        "split": finding.split,
-        "layer": finding.layer or "",
-        "unit": finding.unit,
-        "verdict": finding.verdict.value,
-        "side": finding.side.value,
-        "controls": controls(finding),
-        "reason": finding.reason,
-        "larger_means": finding.orientation,
-        "null_hypothesis": finding.null,
-        "reference": finding.reference,
-    }
-    numbers = {
-        "estimate": finding.estimate,
-        "ci95_low": low,
-        "ci95_high": high,
-        "bound": finding.bound,
-        "n": finding.n,
-        "null_value": finding.null_value,
-        "threshold": finding.threshold,
-        "p_value": finding.p_value,
-        "p_adjusted": finding.p_adjusted,
-        "controls_passed": known.count(True),
-        "controls_failed": known.count(False),
-    }
-    return {name: guarded(text) for name, text in texts.items()} | numbers
+    values = finding.row() | {"controls": controls(finding)}
+    return {name: _cell(values[name]) for name in _COLUMNS}
+
+
+def _cell(value: str | int | float | None) -> str | int | float | None:
+    return guarded(value) if isinstance(value, str) else value
 
 
 _COLUMNS = (
