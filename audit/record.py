@@ -418,7 +418,7 @@ class Record(_Model):
             data = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             raise BadInput(f"{path}: no such record") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BadInput(f"{path}: not a readable JSON record ({error})") from None
         version = str(data.get("schema_version", "")) if isinstance(data, dict) else ""
         (major, minor), (ours, newest) = (text.partition(".")[::2] for text in (version, SCHEMA_VERSION))
