@@ -244,7 +244,7 @@ def read_case(path: Path) -> tuple[str, dict[str, Path | Endpoint], dict[str, Se
         raw = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read ({error})") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not TOML, a number of 5000 digits, brackets 5000 deep
         raise BadInput(f"{path}: not TOML: {error}") from None
     unknown = sorted(set(raw) - {"name", "models", "sets", "options"})
     if unknown:

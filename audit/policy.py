@@ -138,7 +138,7 @@ def read_policy(path: Path) -> Policy:
         raw = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such policy") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not readable TOML ({error})") from None
     try:
         policy = Policy.model_validate(raw)

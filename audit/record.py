@@ -471,7 +471,7 @@ class Record(_Model):
         """
         try:
             data = json.loads(text.decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{where}: not a readable JSON record ({error})") from None
         version = str(data.get("schema_version", "")) if isinstance(data, dict) else ""
         (major, minor), (ours, newest) = (each.partition(".")[::2] for each in (version, SCHEMA_VERSION))
