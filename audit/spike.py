@@ -37,6 +37,7 @@ from audit.errors import AuditError, BadInput, Incomplete
 from audit.instrument import Access
 from audit.inventory import Inventory, take_inventory
 from audit.loaders import SetSpec
+from audit.offline import network_closed
 from audit.progress import SILENT, Progress, Tick
 from audit.record import (
     InstrumentCost,
@@ -98,7 +99,8 @@ def spike_in(
     began = time.monotonic()
     record = record.model_copy(deep=True)
     try:
-        found, tokens = _control(case, out / "spike", progress, settings, profiles)
+        with network_closed():
+            found, tokens = _control(case, out / "spike", progress, settings, profiles)
     except Incomplete:
         raise
     except Exception as error:  # its fault must not take the audit's findings with it
