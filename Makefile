@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that spin while they wait for each other slow small models manifold on a machine with other work.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup test lint demo bench examples site clean
+.PHONY: setup test lint check-dependencies demo bench examples site clean
 
 setup: .venv/.installed
 
@@ -25,6 +25,10 @@ lint: setup
 test: lint
 	./tests/get-chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Writes build/sbom.cdx.json; fails if the package index knows a vulnerability, and says if it could not be asked.
+check-dependencies: setup
+	$(BIN)/python -m tests.dependencies
 
 demo: setup
 	$(BIN)/audit demo --fail-on never

@@ -17,7 +17,7 @@ _SECONDS = 3600  # for the case that nobody is left to end it
 
 
 def limit() -> None:
-    """No more than a gibibyte beyond what it has, no files written, no processes started."""
+    """No more than a gibibyte beyond what it has, no files written, and, unless it is root's, no processes started."""
     here = 0
     with contextlib.suppress(OSError):  # where there is no /proc, there may be no such limit either
         here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -38,6 +38,7 @@ from audit.holding import held
 from audit.instrument import Access
 from audit.inventory import Inventory, take_inventory
 from audit.loaders import SetSpec
+from audit.offline import network_closed
 from audit.progress import SILENT, Progress, Tick
 from audit.record import (
     INTERRUPTED,
@@ -101,7 +102,8 @@ def spike_in(
     record = record.model_copy(deep=True)
     with held(out):
         try:
-            found, tokens = _control(case, out / "spike", progress, settings, profiles)
+            with network_closed():
+                found, tokens = _control(case, out / "spike", progress, settings, profiles)
         except Incomplete:
             raise
         except KeyboardInterrupt:
