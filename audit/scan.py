@@ -15,6 +15,7 @@ import sys
 import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -68,6 +69,7 @@ class _Run:
     limits: list[str] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
     inventories: dict[str, Inventory] = field(default_factory=dict)
+    shares: bool = False  # its evidence folder, with other scans that may be under way
 
     def drop(self, instrument: Instrument, error: Exception) -> None:
         """Take a failed instrument out of the scan: a row in `not_run`, never an absence."""
@@ -124,6 +126,7 @@ def scan(
             held = "images" if case.modality == "image" else "no images"
             raise BadInput(f"{inventory.root}: {inventory.architecture} does not fit the sets, which hold {held}")
     run = _Run(case, evidence_folder or out / "evidence", progress, *_choose(case))
+    run.shares = evidence_folder is not None
     run.limits += _limits(case)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "case.toml", case.to_toml().encode())
@@ -211,7 +214,7 @@ def _capture_all(
             dtype=getattr(torch, run.case.options.dtype),
             template=run.case.options.template,
         )
-        with claimed(run.evidence_folder, target.digest):
+        with claimed(run.evidence_folder, target.digest) if run.shares else nullcontext():
             _capture(run, target, evidence, run.instruments)
             for instrument in [i for i in run.instruments if isinstance(i, Attack)]:
                 _attack(run, target, evidence, instrument)
