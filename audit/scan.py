@@ -16,6 +16,7 @@ import time
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -77,6 +78,7 @@ class _Run:
     cost: Cost = field(default_factory=Cost)
     inventories: dict[str, Inventory] = field(default_factory=dict)
     stores: dict[tuple[str, str], Store] = field(default_factory=dict)
+    shares: bool = False  # its evidence folder, with other scans that may be under way
 
     def drop(self, instrument: Instrument, error: Exception) -> None:
         """Take a failed instrument out of the scan: a row in `not_run`, never an absence.
@@ -174,6 +176,7 @@ def scan(
             run = _Run(case, kept, progress, *_choose(case, instruments))
             run.limits += [*_limits(case), *(f"{role}: {said}" for role, i in inventories.items() for said in i.limits)]
             run.inventories = inventories
+            run.shares = evidence_folder is not None
             return run
 
         try:
@@ -385,7 +388,7 @@ def _capture_all(
             limit=run.case.options.memory,
         )
         _withdraw(run, target)
-        with claimed(run.evidence_folder, target.digest):
+        with claimed(run.evidence_folder, target.digest) if run.shares else nullcontext():
             _capture(run, target, evidence, run.instruments)
             for instrument in [i for i in run.instruments if isinstance(i, Attack)]:
                 _attack(run, target, evidence, instrument)
