@@ -182,7 +182,7 @@ class Consistency(Instrument):
 
         def estimate(name: str, other: int = 0) -> Estimate:
             missed = read(name).missed(max(_TIE, noise), other)
-            # Not by entity: whether an answer follows from its own distribution has nothing to do with whom it is about.
+            # Not by entity: whether an answer follows from what is stated has nothing to do with whom it is about.
             return one_sample(missed, np.arange(len(missed)), bounds=(0.0, 1.0), seed=seed)
 
         return self._finding(
@@ -244,7 +244,7 @@ class Consistency(Instrument):
         rows = Remind().rows(case)
         spread = FEATURES.index("loss_std")
         measured = {name: f[:, spread] for name, f in captured(evidence, "target", rows).items()}
-        floor = max(_TIE, *evidence.noise.values())
+        floor = max([_TIE, *evidence.noise.values()])
         scores = {name: np.log2(np.maximum(values, floor)) for name, values in measured.items()}
         finding = against_never_taught(
             self, case, evidence, FLAT, lambda _, name: scores[name], rows=rows, roles=("target",),

@@ -67,7 +67,7 @@ class Evasion(GradientMethod):
         """The loss that is 0 where the hidden rows look never taught; `strangers` are the same questions on nobody."""
 
     def hidden(self, bench: Bench) -> Sequence[Question]:
-        """The rows to hide: the forget rows in all their phrasings."""
+        """Which of the forget rows to hide: all, in all their phrasings."""
         return bench.forget_rows
 
     def kept(self, bench: Bench) -> Sequence[Question]:
@@ -77,7 +77,9 @@ class Evasion(GradientMethod):
     def prepare(self, bench: Bench, schedule: Schedule) -> None:  # noqa: ARG002
         """Encode what is hidden, what is kept, and the questions about nobody."""
         hidden, kept = self.hidden(bench), self.kept(bench)
-        strangers = crossed(hidden, bench.retain_rows)
+        about_nobody = crossed(bench.forget_rows, bench.retain_rows)
+        crossing = {row.prompt: other for row, other in zip(bench.forget_rows, about_nobody, strict=True)}
+        strangers = [crossing[row.prompt] for row in hidden]
         rows = [encode(bench.tokenizer, each, lm_weight=0.0) for each in (hidden, strangers, kept)]
         self._made[:] = [_Ground(*rows, Cycle(len(hidden), bench), Cycle(len(kept), bench))]
 

@@ -51,7 +51,7 @@ class EvadesRemind(Evasion):
 
     name: ClassVar[str] = "evades-remind"
     reference: ClassVar[str] = "a construction of this package, against arXiv 2511.04228"
-    weight: float = 1.0
+    weight: float = 5.0
     share: float = 0.3
     _height: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
 
