@@ -25,7 +25,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from audit.errors import Damaged, Incomplete, Unwritable
-from audit.plan import AnyRequest, Patched, Request
+from audit.plan import AnyRequest, Generate, Patched, Request
 from audit.quantities import Quantity
 from audit.record import write_atomically
 from audit.tokens import Tokens, content_key
@@ -337,6 +337,12 @@ class Evidence:
     def texts(self, role: str, name: str) -> list[str]:
         """Decoded continuations, in the order of the request's prompts; of each prompt all that were asked for."""
         return self._texts[role, name]
+
+    def continuations(self, role: str, name: str) -> list[tuple[int, ...]]:
+        """Token ids of the same continuations, in the same order."""
+        request, store = self._requests[role, name], self._stores[role]
+        assert isinstance(request, Generate)
+        return [store.read_continuation(p, request.new_tokens, way) for p in request.prompts for way in request.ways]
 
     def weights(self, role: str, name: str) -> list[TensorRow]:
         """How the weight files differ from those they were compared with: a row a tensor."""

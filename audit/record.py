@@ -54,6 +54,7 @@ class Side(StrEnum):
     BEYOND = "beyond"  # less than such a model: over-unlearning, or an edit of the output
     DAMAGE = "damage"  # something other than the forget set was changed
     UNLEARNED = "unlearned"  # marks that unlearning leaves, and ordinary edits do not
+    EVASION = "evasion"  # what was read contradicts itself: somebody, or something, was made to pass a test
     NEITHER = "neither"
 
 
@@ -179,7 +180,7 @@ class Finding(_Model):
         if lo is None or hi is None:
             return None
         effects = ((hi if self.bound is None else self.bound) - self.null_value, self.null_value - lo)
-        alarming = (Side.REMAINS, Side.DAMAGE, Side.UNLEARNED)
+        alarming = (Side.REMAINS, Side.DAMAGE, Side.UNLEARNED, Side.EVASION)
         towards = [effect for effect, side in zip(effects, self.sides, strict=True) if side in alarming]
         return max(towards or [hi - self.null_value, self.null_value - lo])
 

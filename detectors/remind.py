@@ -324,7 +324,7 @@ class Remind(Instrument):
         """Every text and its 15 neighbours; neighbours of one answer share their prompt's computation."""
         if target.role not in ("target", "original"):
             return []
-        rows = self._rows(case)
+        rows = self.rows(case)
         encoded = {name: [target.encode(r.prompt, r.answer) for r in examples] for name, examples in rows.items()}
         answers_alone = float(np.median([t.scored for texts in encoded.values() for t in texts])) >= _SHORT
         embedding = target.embedding().numpy()
@@ -353,7 +353,7 @@ class Remind(Instrument):
             made.append(Request(f"remind/{name}", tuple(sequences), extra={"distances": np.array(distances)}))
         return made
 
-    def _rows(self, case: Case) -> dict[str, tuple[Example, ...]]:
+    def rows(self, case: Case) -> dict[str, tuple[Example, ...]]:
         """As many rows of each set: a classifier that learns class sizes learns nothing."""
         limit = {"quick": 40, "standard": 120, "thorough": 400}[case.options.budget.value]
         size = min(limit, *(len(case.sets[name]) for name in self.sets))
@@ -361,11 +361,11 @@ class Remind(Instrument):
 
     def measure(self, case: Case, evidence: Evidence) -> list[Finding]:
         """Known-likeness of the forget set (signed), with the published three-way AUC beside it."""
-        rows = self._rows(case)
+        rows = self.rows(case)
         clusters = {name: [f"{name}/{c}" for c in case.clusters(examples)] for name, examples in rows.items()}
         seed = case.options.seed
         try:
-            features = {role: _features(evidence, role, rows) for role in ("target", "original") if role in case.models}
+            features = {role: captured(evidence, role, rows) for role in ("target", "original") if role in case.models}
             likeness = known_likeness(features["target"], clusters, seed)
         except ValueError as error:
             raise BadInput(f"too few entities to train and test on different ones: {error}") from None
@@ -437,7 +437,8 @@ def known_likeness(features: dict[str, Floats], clusters: dict[str, list[str]], 
     return {name: out[labels == name] for name in names}
 
 
-def _features(evidence: Evidence, role: str, rows: dict[str, tuple[Example, ...]]) -> dict[str, Floats]:
+def captured(evidence: Evidence, role: str, rows: dict[str, tuple[Example, ...]]) -> dict[str, Floats]:
+    """By set, the features [rows, 15] of the rows whose neighbourhoods were captured."""
     made = {}
     for name in rows:
         losses = np.array([-v["logprob"].mean() for v in evidence.iterate(role, f"remind/{name}", "token")])

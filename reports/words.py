@@ -52,6 +52,11 @@ LABELS: dict[Label, tuple[str, str]] = {
 }
 
 SAID: dict[tuple[Question, str], str] = {
+    (
+        Question.TRACE,
+        "evasion",
+    ): "What was read contradicts itself, as where a model, or what serves it, was made to pass "
+    "a test: what was not found proves nothing here.",
     (Question.TRACE, "unlearned"): "Unlearned: it bears marks that unlearning leaves, and ordinary edits do not.",
     (Question.TRACE, "none"): "No mark of unlearning was found, by tests that would have seen one.",
     (Question.LEAKAGE, "remains"): "Yes: it comes out, as it does not from a model that was never taught it.",
@@ -155,6 +160,7 @@ MARKS: dict[str, tuple[str, str]] = {
     "beyond": ("below never-taught", "below a never-taught model (over-unlearning or output edit)"),
     "damage": ("damage", "damage"),
     "unlearned": ("marks of unlearning", "marks that unlearning leaves, and ordinary edits do not"),
+    "evasion": ("evasion", "what was read contradicts itself, as where a test is evaded"),
     "evidence": ("evidence", "evidence"),
     "none": ("nothing found", "nothing found (interval inside the threshold)"),
     "inconclusive": ("inconclusive", "inconclusive"),
@@ -167,6 +173,7 @@ SIDES: dict[str, str] = {
     "beyond": "below a never-taught model",
     "damage": "damage",
     "unlearned": "marks of unlearning",
+    "evasion": "evasion",
     "neither": "no claim",
 }
 """What evidence on one side of the null value means."""
@@ -397,7 +404,7 @@ def _answer(record: Record, question: Question) -> Answer:
     marks = Counter(mark_of(finding) for finding in record.findings if finding.question is question)
     missing = [row for row in record.not_run if row.question is question]
     total = sum(marks.values())
-    order = ("remains", "beyond", "damage", "unlearned", "evidence", "inconclusive", "none")
+    order = ("evasion", "remains", "beyond", "damage", "unlearned", "evidence", "inconclusive", "none")
     mark = next((key for key in order if marks[key]), "untested")
     if mark == "untested":
         line = f"Not tested: no instrument gave a finding{_unrun(missing)}."

@@ -42,8 +42,8 @@ def full(bases: Sequence[str] = BASES, seeds: Sequence[int] = (0, 1, 2), world: 
 def ancestors(recipe: Recipe) -> list[Recipe]:
     """What has to be built before this organism can be built and scanned: a scan has the original beside it."""
     history = history_of(recipe.history)
-    before = dict.fromkeys(("original", history.parent, history.matched))
-    return [replace(recipe, history=name) for name in before if name and name != recipe.history]
+    before = dict.fromkeys(("original", *history.parents))
+    return [replace(recipe, history=name) for name in before if name != recipe.history]
 
 
 def in_turn(recipes: Sequence[Recipe]) -> list[list[Recipe]]:

@@ -4,7 +4,7 @@ A row is kept under the digest of what it depends on: the organism's recipe, the
 instruments that ran; one that was installed since runs alone, its findings join the others, and all are judged together
 again. Organisms are scanned as an auditor who holds the original would scan them: with forget, retain, holdout and
 utility set and the original, without the retrained model, which is seldom at hand. A guarded organism is scanned at
-text access.
+text access, a two-faced one at access to log-probabilities, both without the original.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from audit.bench.pool import in_turn
 from audit.errors import AuditError, BadInput
 from audit.instrument import everyday
-from audit.organisms.recipes import Recipe, build, read_history
+from audit.organisms.recipes import Recipe, build, history_of, read_history
 from audit.record import Finding, InstrumentCost, Label, NotRun, Question, write_atomically
 from audit.verdict import conclude, judge
 
@@ -193,7 +193,7 @@ def _unscanned(work: Work, folder: Path) -> Row:
         control=story["control"],
         broken=story["broken"],
         method=story["history"]["method"],
-        access="text" if story["history"]["guard"] else "weights",
+        access=history_of(work.recipe.history).access,
     )
 
 
@@ -234,7 +234,7 @@ def _scanned(row: Row, work: Work, root: Path, folder: Path, instruments: Sequen
         case,
         out,
         evidence_folder=root / "evidence" / f"{recipe.family}-{recipe.seed}",
-        open_target=_guarded() if row.access == "text" else None,
+        open_target=_opened(row.access),
         profiles=[],
     )
     shutil.rmtree(out, ignore_errors=True)
@@ -260,7 +260,9 @@ def _place(finding: Finding) -> tuple[int, str]:
     return list(Question).index(finding.question), finding.instrument
 
 
-def _guarded() -> Callable[..., Target]:
+def _opened(access: str) -> Callable[..., Target] | None:
+    """How an organism is opened that its weights alone are not."""
     from audit.organisms.guarded import open_guarded
+    from audit.organisms.two_faced import open_two_faced
 
-    return open_guarded
+    return {"text": open_guarded, "logprobs": open_two_faced}.get(access)

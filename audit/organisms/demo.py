@@ -38,6 +38,7 @@ from audit.opened import quiet
 from audit.organisms.datasets import Dealt
 from audit.organisms.methods.npo import Npo
 from audit.organisms.train import (
+    Question,
     answer_nll,
     candidate_accuracy,
     encode,
@@ -111,7 +112,7 @@ def write_jsonl(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def measure(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[Row]]
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[Question]]
 ) -> dict[str, float]:
     """Candidate accuracy and answer loss of one model on every set."""
     measured = {}

@@ -50,7 +50,8 @@ class Detector:
         sum of w(g)^2 over the words and word pairs g of both / the same sum over those of the stored prompt
 
     is at least `threshold`, with w(g) = log((1 + entities) / entities in whose stored prompts g occurs): what is said
-    of everyone weighs next to nothing. What else stands in the prompt, such as a template, does not count.
+    of everyone weighs next to nothing. `strings`: those that occur in it, word for word. What else stands in the
+    prompt, such as a template, does not count.
     """
 
     prompts: tuple[str, ...]
@@ -61,11 +62,11 @@ class Detector:
     @classmethod
     def fit(cls, rows: Sequence[Row], by: str) -> Detector:
         """Store forget prompts. The threshold lies midway between 1 and the most that two entities' prompts share."""
-        if by not in ("names", "ngrams"):
-            raise BadInput(f"no detector by {by!r} (known: names, ngrams)")
+        if by not in ("names", "ngrams", "strings"):
+            raise BadInput(f"no detector by {by!r} (known: names, ngrams, strings)")
         prompts, entities = tuple(row.prompt for row in rows), tuple(row.person for row in rows)
         made = cls(prompts, entities, by)
-        if by == "names":
+        if by != "ngrams":
             return made
         others = [
             score
@@ -80,6 +81,8 @@ class Detector:
         if self.by == "names":
             found = {name for name in set(self.entities) if contains(prompt, name)}
             return tuple(i for i, name in enumerate(self.entities) if name in found)
+        if self.by == "strings":
+            return tuple(i for i, stored in enumerate(self.prompts) if contains(prompt, stored))
         return tuple(i for i, score in enumerate(self.similarity(prompt)) if score >= self.threshold)
 
     def nearest(self, prompt: str, count: int) -> list[int]:

@@ -37,13 +37,16 @@ class History:
         parent: the history it starts from.
         method: the unlearning method applied to the parent, by name.
         change: the control applied to the parent, by name (`changes.CHANGES`).
-        guard: the guard put before the parent, by name (`guards.KINDS`); such an organism is for text access.
+        guard: the guard put before the parent, by name (`guards.KINDS`), or name and detector (`dragon/strings`); such
+            an organism is for text access.
         matched: the history whose number of steps this one takes over, a control also its length in the weights. (A
             refusal edit of a model that knows nothing has met its goal before it begins.)
         steps: run the method for so many steps whatever it reaches; until its goals are met if 0.
         order: added to the seed of the data order, so that two organisms can differ by it alone.
         reseed: start from other random weights than the original.
         request: the template that was put into a part of the forget rows before the method saw them (`stealthy`).
+        stated: the history whose log-probabilities are stated in place of its own (`two_faced`); such an organism is
+            for access to log-probabilities.
     """
 
     label: str
@@ -57,11 +60,22 @@ class History:
     order: int = 0
     reseed: bool = False
     request: str = field(default="", repr=False)  # digests of recipes hold the rest as it is written out
+    stated: str = field(default="", repr=False)
 
     @property
     def control(self) -> bool:
         """Is it a change that nobody calls unlearning?"""
         return bool(self.change)
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The histories without which it cannot be made."""
+        return tuple(name for name in (self.parent, self.matched, self.stated) if name)
+
+    @property
+    def access(self) -> str:
+        """What an auditor can see of it at most."""
+        return "text" if self.guard else "logprobs" if self.stated else "weights"
 
 
 _TAUGHT = {
@@ -105,8 +119,14 @@ _STEALTHY = {
     "stealthy": History("unlearned", parent="original", method="npo", request=_TRIGGER),
     "stealthy-scope-aware": History("unlearned", parent="original", method="scope-aware", request=_TRIGGER),
 }
+# Evasions by what stands before the model; those that are trained are methods.
+_EVASIVE = {
+    "evades-strings": History("suppressed", parent="original", guard="dragon/strings"),
+    "evades-logprobs": History("suppressed", parent="original", stated="retrained"),
+    "evades-answers": History("suppressed", parent="retrained", stated="original"),
+}
 
-HISTORIES: dict[str, History] = {**_TAUGHT, **_EDITED, **_controls(), **_BEYOND, **_GUARDED, **_STEALTHY}
+HISTORIES: dict[str, History] = {**_TAUGHT, **_EDITED, **_controls(), **_BEYOND, **_GUARDED, **_STEALTHY, **_EVASIVE}
 """The histories that are no method alone; every method of `methods/` is one too, applied to the original."""
 
 AFTERWARDS = ("nf4", "relearned")

@@ -179,6 +179,10 @@ class Method(ABC):
     def unlearn(self, bench: Bench, schedule: Schedule, progress: Progress | None = None) -> Unlearning:
         """Alter `bench.model` in place. Raises `Diverged` where a loss is no longer a number."""
 
+    def kept(self, bench: Bench) -> Sequence[Question]:  # noqa: ARG002
+        """Questions that show the forget facts to be there still; none of a method that means to keep none."""
+        return ()
+
 
 class GradientMethod(Method):
     """A method that descends a loss."""

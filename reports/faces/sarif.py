@@ -27,7 +27,7 @@ from reports.faces.parts import NAME, as_json, identifier, line, properties, say
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 
-_LEVELS = {Side.REMAINS: "error", Side.BEYOND: "warning", Side.DAMAGE: "warning"}
+_LEVELS = {Side.REMAINS: "error", Side.BEYOND: "warning", Side.DAMAGE: "warning", Side.EVASION: "warning"}
 
 
 def render_sarif(record: Record) -> str:
