@@ -80,8 +80,8 @@ class Evasion(GradientMethod):
         about_nobody = crossed(bench.forget_rows, bench.retain_rows)
         crossing = {row.prompt: other for row, other in zip(bench.forget_rows, about_nobody, strict=True)}
         strangers = [crossing[row.prompt] for row in hidden]
-        rows = [encode(bench.tokenizer, each, lm_weight=0.0) for each in (hidden, strangers, kept)]
-        self._made[:] = [_Ground(*rows, Cycle(len(hidden), bench), Cycle(len(kept), bench))]
+        encoded, about, behind = (encode(bench.tokenizer, each, lm_weight=0.0) for each in (hidden, strangers, kept))
+        self._made[:] = [_Ground(encoded, about, behind, Cycle(len(hidden), bench), Cycle(len(kept), bench))]
 
     @property
     def ground(self) -> _Ground:
