@@ -71,6 +71,7 @@ class Memory:
         module: bytes that the module with most weights takes while it is read: as stored, and as used.
         token: bytes that a token of a batch takes, at most.
         whose: `stated`, or `GPU's` where it is the device that sets the limit.
+        mapped: bytes of files that lie in memory too while whole weights are loaded, being stored in another dtype.
     """
 
     limit: int
@@ -78,6 +79,7 @@ class Memory:
     module: int
     token: int
     whose: str = "stated"
+    mapped: int = 0
 
     @property
     def batches(self) -> int:
@@ -95,8 +97,9 @@ class Memory:
         return min(LOGITS, self.batches // 2 // (4 * _LOGITS_COPIES))
 
     def holds(self, copies: float = 1) -> bool:
-        """Do so many copies of the weights fit beside a batch?"""
-        return copies * self.weights <= self.limit - LIBRARIES - self.batches
+        """Can the weights be loaded whole, and do so many copies of them fit beside a batch?"""
+        room = self.limit - LIBRARIES
+        return self.weights + self.mapped <= room and copies * self.weights <= room - self.batches
 
     @property
     def streams(self) -> bool:

@@ -214,12 +214,15 @@ class OpenModel(ABC):
         with quiet(), torch.device("meta"):
             outline = self.factory.from_config(self._config, dtype=self.dtype, trust_remote_code=False)
         parts = [sum(p.numel() for p in module.parameters(recurse=False)) for module in outline.modules()]
+        files = sum(file.size for file in self.inventory.files if file.path in self.inventory.weight_files)
+        alike = {tensor.dtype for tensor in self.inventory.tensors} == {str(self.dtype).removeprefix("torch.")}
         return Memory(
             limit,
             weights=sum(p.nbytes for p in (*outline.parameters(), *outline.buffers())),
             module=max(parts) * (self._stored.itemsize + self.dtype.itemsize),
             token=self.token_bytes,
             whose=whose,
+            mapped=0 if alike else files,
         )
 
     @property

@@ -131,6 +131,8 @@ def _control(
 
     if case.options.access < Access.WEIGHTS:
         raise BadInput(f"needs access to weights, the audit has {case.options.access.name.lower()}")
+    if case.options.memory is not None:
+        raise BadInput("trains copies of the model, and keeps to no bound on memory")
     with progress.step("spike: inventory of target", 1) as tick:
         bench = _Bench.open(case, case.inventory("target"), root, settings)
         tick(1)

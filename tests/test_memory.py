@@ -197,6 +197,13 @@ def test_attacks_need_room_for_their_copies_of_the_weights():
     assert "5 times their" in thrice.lacking(5)
 
 
+def test_weights_stored_otherwise_need_room_for_the_files_too():
+    plain = Memory(LIBRARIES + 1000, weights=700, module=10, token=1)
+    assert plain.holds()
+    assert replace(plain, mapped=300).holds()
+    assert not replace(plain, mapped=301).holds()
+
+
 # --- memory that does not suffice ---------------------------------------------------------------------------
 
 
