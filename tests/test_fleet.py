@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +28,10 @@ from worlds import REPO, audit_here, environment, quiet_scan
 
 from audit.case import Case, Options, read_case
 from audit.errors import BadInput
+from audit.evidence import Store, claimed, context_of
 from audit.fleet.file import Fleet as Asked
 from audit.fleet.file import Job, read_fleet
-from audit.fleet.run import _digest, run
+from audit.fleet.run import _digest, _evidence, run
 from audit.fleet.shelf import Failure, Shelf
 from audit.instrument import Access
 from audit.record import Label, Outcome, Question, Record, Side
@@ -260,9 +263,32 @@ def test_the_shared_original_ran_once(world, done, alone):
     lone = [alone[name].cost for name in MODELS]
     saved = sorted(one.forward_tokens - job.forward_tokens for one, job in zip(lone, jobs, strict=True))
     assert saved[0] == 0, "one of them ran it"
-    assert saved[1] == saved[2] > 0, "and the others nothing of it, though two began together"
+    assert saved[1] == saved[2] > 0, "and the others nothing of it"
     assert sum(job.reused_tokens == 0 for job in jobs) == 1
     assert all(cost.reused_tokens == 0 for cost in lone)
+
+
+def test_who_needs_an_original_that_another_is_running_waits_for_it(world, done, alone, tmp_path):
+    """This process stands for the other: it holds the original until the job waits for it, and puts it in place."""
+    fleet = read_fleet(write_fleet(world, write_fleet(world).read_text().replace("[abc]", "a"), "waits.toml"))
+    models = record_of(done, "three/a").models
+    before, here = (_evidence(fleet.jobs[0].case(), str(work)) for work in (world / "work", tmp_path))
+    stores = {role: context_of(model.digest, dtype="torch.float32", device="cpu") for role, model in models.items()}
+    target = Store(here, stores["target"]).folder
+    with ThreadPoolExecutor(1) as thread:
+        with claimed(here, models["original"].digest):
+            heard = thread.submit(told, fleet, Shelf("memory://waits"), world, work=str(tmp_path))
+            while not list(target.glob("*.json")):  # its numeric noise: all else of the target is there
+                assert not heard.done()
+                time.sleep(0.05)
+            time.sleep(1)
+            original = Store(before, stores["original"]).folder
+            shutil.copytree(original, here / original.name)
+        assert heard.result() == {"three/a": "inconclusive"}
+    waited = record_of(Shelf("memory://waits"), "three/a")
+    assert waited.comparable() == record_of(done, "three/a").comparable()
+    assert waited.cost.reused_tokens > 0
+    assert waited.cost.forward_tokens < alone["a"].cost.forward_tokens
 
 
 def test_what_is_there_is_not_run_again(world, done):
