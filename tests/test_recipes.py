@@ -47,7 +47,8 @@ def test_every_history_says_what_it_is():
         history = history_of(name)
         assert history.label in LABELS
         assert bool(history.taught) != bool(history.parent)
-        assert sum(map(bool, (history.taught, history.method, history.change, history.guard))) == 1
+        made_by = (history.taught, history.method, history.change, history.guard, history.stated)
+        assert sum(map(bool, made_by)) == 1
         assert not history.change or history.change in CHANGES
     assert set(BY_CONSTRUCTION) <= {history_of(name).label for name in histories()}
     assert history_of("retrained-then-refusal-last-block").label == "deleted"
