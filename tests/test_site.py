@@ -74,7 +74,7 @@ def test_it_asks_for_nothing_from_elsewhere(site):
             assert not re.match(r"([a-z]+:)?//", link), f"{page.name}: {link}"
             assert (page.parent / link.split("?")[0]).exists() or link == ".", f"{page.name}: {link}"
     for sheet in site.rglob("*.css"):
-        assert not re.search(r"(url\\(|@import)\\s*[\"']?([a-z]+:)?//", sheet.read_text("utf-8")), sheet.name
+        assert not re.search(r"(url\(|@import)\s*[\"']?([a-z]+:)?//", sheet.read_text("utf-8")), sheet.name
 
 
 def test_every_instrument_s_page_says_what_the_code_says(site):
@@ -95,7 +95,7 @@ def test_every_page_is_in_the_navigation_and_instruments_under_their_questions(s
     index = (site / "instruments" / "index.html").read_text("utf-8")
     order = [index.index(words) for words in ("Was it unlearned?", "Is it still inside?", "What else was damaged?")]
     assert order == sorted(order)
-    assert "More" not in re.findall(r'md-tabs__link">\\s*(.*?)\\s*<', index)
+    assert "More" not in re.findall(r'md-tabs__link">\s*(.*?)\s*<', index)
 
 
 # --- the hooks
