@@ -103,7 +103,7 @@ def quantize(
 
     Args:
         model: of PyTorch, on any device.
-        scheme: `int8`, `int4`, `int4-block`, `NF4`, `FP4`, `Q8_0`, `Q4_0`, or from a weight [out, …] to the rounded one.
+        scheme: `int8`, `int4`, `int4-block`, `NF4`, `FP4`, `Q8_0`, `Q4_0`, or from a weight [out, …] to the rounded.
         head: what stays, if the model is no Hugging Face one that names its output embeddings.
 
     Raises:
