@@ -32,6 +32,7 @@ import torch
 
 from audit.case import Case, Options
 from audit.evidence import Evidence
+from audit.gather import Run, capture_one
 from audit.instrument import Instrument
 from audit.inventory import take_inventory
 from audit.loaders import SetSpec
@@ -39,7 +40,6 @@ from audit.organisms.families import BASES, Family
 from audit.organisms.histories import history_of
 from audit.organisms.recipes import Recipe, read_history
 from audit.progress import SILENT
-from audit.scan import _capture, _Run
 from audit.target import Target
 from detectors.fingerprint import TABLE, Features, Table, held_out_scores, write_table
 from detectors.trace_activations import TraceActivations
@@ -97,23 +97,23 @@ def rows_of(recipe: Recipe, bench: Path) -> Iterator[dict[str, Any]]:
                 pass
             view = original.altered(f"null@{k}", f"{recipe.name}/{k}")
             view.adopt(original)
-            _capture(run, view, evidence, run.instruments)
+            capture_one(run, view, evidence, run.instruments)
             yield _row(recipe, case, evidence, view.role, f"matched-{('retain', 'narrow', 'other')[kind]}", False)
 
 
 def captured(
     recipe: Recipe, bench: Path, scratch: Path, asking: Sequence[Instrument]
-) -> tuple[Case, Evidence, _Run, Target]:
+) -> tuple[Case, Evidence, Run, Target]:
     """The case of an organism beside what it was made of, and what some instruments ask of both, captured."""
     torch.set_num_threads(1)
     sets = Family(recipe.base, recipe.seed, recipe.world).write_sets(bench / "data", f"{recipe.family}-{recipe.seed}")
     organisms = bench / "organisms"
     folders = {"target": organisms / recipe.name, "original": organisms / parent_of(recipe).name}
     case = Case.build(folders, {name: SetSpec(path) for name, path in sets.items()}, Options(device="cpu"))
-    run, evidence = _Run(case, scratch, SILENT, list(asking), []), Evidence()
+    run, evidence = Run(case, scratch, SILENT, list(asking), []), Evidence()
     for role, folder in folders.items():
         target = Target(role, take_inventory(folder), device="cpu", dtype=torch.float32, template="auto")
-        _capture(run, target, evidence, run.instruments)
+        capture_one(run, target, evidence, run.instruments)
     if run.not_run:
         raise RuntimeError(run.not_run[0].reason)
     return case, evidence, run, target

@@ -8,10 +8,11 @@ import numpy as np
 
 from audit.case import Case, Options
 from audit.evidence import Evidence
+from audit.gather import Run, capture_all
 from audit.loaders import parse_set_spec
 from audit.progress import SILENT
 from audit.record import Finding
-from audit.scan import _capture_all, _Run, take_inventories
+from audit.scan import take_inventories
 
 SETS = ("forget", "holdout", "retain")
 
@@ -33,8 +34,8 @@ def open_case(folder: Path, models: dict[str, Path]) -> Case:
 
 def found(instrument, case: Case, out: Path) -> dict[str, Finding]:
     """What an instrument finds in real models, by the finding's name."""
-    run = _Run(case, out, SILENT, [instrument], [])
-    return by_name(instrument.measure(case, _capture_all(run, take_inventories(case))))
+    run = Run(case, out, SILENT, [instrument], [])
+    return by_name(instrument.measure(case, capture_all(run, take_inventories(case))))
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:

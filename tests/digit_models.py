@@ -14,12 +14,13 @@ import torch
 
 from audit.case import Case, Options
 from audit.evidence import Evidence
+from audit.gather import Run, capture_all
 from audit.instrument import Instrument
 from audit.loaders import SetSpec
 from audit.organisms.imaging.train import fit, new_classifier, save
 from audit.organisms.imaging.world import ImageWorld, Split, digits, images, joined, split
 from audit.progress import SILENT
-from audit.scan import _capture_all, _Run, take_inventories
+from audit.scan import take_inventories
 
 
 @cache
@@ -80,7 +81,7 @@ def digit_case(kind: str, *, without: tuple[str, ...] = (), limit: int = 120, **
 def captured(case: Case, instrument: Instrument, tick: Callable[..., None] | None = None) -> Evidence:
     """All that an instrument asks of a case's models; raises what went wrong."""
     assert instrument.missing(case) is None
-    run = _Run(case, scratch() / "evidence", SILENT, [instrument], [])
-    evidence = _capture_all(run, take_inventories(case))
+    run = Run(case, scratch() / "evidence", SILENT, [instrument], [])
+    evidence = capture_all(run, take_inventories(case))
     assert not run.not_run, run.not_run
     return evidence

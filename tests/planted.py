@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from audit.case import Case, Options
+from audit.gather import Run, capture_all
 from audit.instrument import Instrument
 from audit.inventory import take_inventory
 from audit.loaders import SetSpec
@@ -15,7 +16,6 @@ from audit.organisms.train import encode, new_model, save, train, word_tokenizer
 from audit.organisms.world import UNKNOWN, Row, World, make_world
 from audit.progress import SILENT
 from audit.record import Finding
-from audit.scan import _capture_all, _Run
 from audit.verdict import judge
 
 SETS = ("forget", "retain", "holdout")
@@ -54,7 +54,7 @@ def planted_case(folder: Path, model: Path, **options: object) -> Case:
 
 def measured(instrument: Instrument, case: Case, out: Path) -> list[Finding]:
     """What an instrument finds, registered or not."""
-    run = _Run(case, out, SILENT, [instrument], [])
-    evidence = _capture_all(run, {role: take_inventory(path) for role, path in case.models.items()})
+    run = Run(case, out, SILENT, [instrument], [])
+    evidence = capture_all(run, {role: take_inventory(path) for role, path in case.models.items()})
     assert not run.not_run
     return judge(instrument.measure(case, evidence))

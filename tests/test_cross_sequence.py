@@ -18,9 +18,10 @@ from worlds import _scratch, one_thread, open_target, tiny_case
 
 from audit.case import Case
 from audit.evidence import Evidence
+from audit.gather import Run, capture_all
 from audit.progress import SILENT
 from audit.record import Side
-from audit.scan import _capture_all, _Run, take_inventories
+from audit.scan import take_inventories
 from probes.cross_sequence import (
     CrossSequence,
     CrossSequenceProbe,
@@ -311,9 +312,9 @@ def test_randomize_gives_the_weights_of_a_model_not_yet_trained(kind):
 @cache
 def captured(made: str) -> tuple[Case, Evidence]:
     case = tiny_case({"target": made}, ("forget", "retain", "holdout"))
-    run = _Run(case, _scratch() / "cross-sequence", SILENT, [CrossSequence()], [])
+    run = Run(case, _scratch() / "cross-sequence", SILENT, [CrossSequence()], [])
     with one_thread():
-        evidence = _capture_all(run, take_inventories(case))
+        evidence = capture_all(run, take_inventories(case))
     assert not run.not_run
     return case, evidence
 

@@ -14,10 +14,11 @@ from worlds import _scratch, one_thread, open_target, tiny_case
 
 from audit.case import Case
 from audit.evidence import Evidence
+from audit.gather import Run, capture_all
 from audit.plan import Generate
 from audit.progress import SILENT
 from audit.record import Finding
-from audit.scan import _capture_all, _Run, take_inventories
+from audit.scan import take_inventories
 from detectors.knowledge import Knowledge
 from probes.attribute import ridge_readout
 from probes.dual import Dual, beyond, extraction_likelihood, named, quadrants, readout_ranks
@@ -161,9 +162,9 @@ def test_a_readout_that_is_unsure_of_all_it_reads_is_at_chance():
 def captured(made: str, original: bool = False) -> tuple[Case, Evidence]:
     models = {"target": made, **({"original": "original"} if original else {})}
     case = tiny_case(models, ("forget", "retain", "holdout"))
-    run = _Run(case, _scratch() / "dual", SILENT, [Dual()], [])
+    run = Run(case, _scratch() / "dual", SILENT, [Dual()], [])
     with one_thread():
-        evidence = _capture_all(run, take_inventories(case))
+        evidence = capture_all(run, take_inventories(case))
     assert not run.not_run
     return case, evidence
 

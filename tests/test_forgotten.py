@@ -22,10 +22,11 @@ from audit.capture import Engine
 from audit.case import Case
 from audit.errors import BadInput
 from audit.evidence import Evidence
+from audit.gather import Run, capture_all
 from audit.loaders import SetSpec, load_set
 from audit.plan import Request, merge
 from audit.progress import SILENT
-from audit.scan import _capture_all, _Run, take_inventories
+from audit.scan import take_inventories
 from detectors.forgotten import POSITIONS, Forgotten, decided
 from detectors.suspicion import (
     HEAD,
@@ -275,9 +276,9 @@ def case_of(target: str, *, original: bool = True, forget: bool = True, answers:
 
 
 def evidence_of(case: Case, folder: Path) -> Evidence:
-    run = _Run(case, folder, SILENT, [Forgotten()], [])
+    run = Run(case, folder, SILENT, [Forgotten()], [])
     with one_thread():
-        found = _capture_all(run, take_inventories(case))
+        found = capture_all(run, take_inventories(case))
     assert not run.not_run
     return found
 

@@ -21,11 +21,12 @@ from worlds import build_tiny, one_thread, open_target, tiny_case
 from audit.case import Case
 from audit.errors import BadInput
 from audit.evidence import Evidence
+from audit.gather import Run, capture_all
 from audit.loaders import Example, ExampleSet
 from audit.plan import Request
 from audit.progress import SILENT
 from audit.record import Finding, Outcome, Side
-from audit.scan import _capture_all, _Run, take_inventories
+from audit.scan import take_inventories
 from audit.statistics import mean_estimate
 from audit.verdict import judge
 from probes.geometry import Geometry
@@ -254,9 +255,9 @@ def test_agreement_by_hand():
 
 
 def capture(case: Case, folder: Path) -> Evidence:
-    run = _Run(case, folder, SILENT, [Geometry()], [])
+    run = Run(case, folder, SILENT, [Geometry()], [])
     with one_thread():
-        return _capture_all(run, take_inventories(case))
+        return capture_all(run, take_inventories(case))
 
 
 @cache

@@ -13,10 +13,10 @@ import pytest
 from worlds import open_target, quiet_scan, small_case
 
 import audit.instrument
+from audit.gather import open_model
 from audit.instrument import Instrument
 from audit.offline import NetworkClosed, network_closed
 from audit.record import Question
-from audit.scan import _open
 
 
 class Server:
@@ -188,7 +188,7 @@ def test_opening_a_model_is_within_and_an_undisturbed_scan_tries_nothing(tmp_pat
     def opening(*arguments: Any, **options: Any) -> Any:
         with pytest.raises(NetworkClosed):
             socket.create_connection(("127.0.0.1", server.port))
-        return _open(*arguments, **options)
+        return open_model(*arguments, **options)
 
     record = quiet_scan(small_case(), tmp_path / "telling", open_target=opening)
     assert any("network" in limit for limit in record.verdict.limits) and not server.heard

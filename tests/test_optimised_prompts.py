@@ -31,12 +31,13 @@ from audit.capture import Engine
 from audit.case import Case
 from audit.evidence import Evidence
 from audit.finetune import text_loss
+from audit.gather import Run, capture_all
 from audit.organisms.methods.refusal_last_block import METHOD
 from audit.organisms.unlearn import Bench
 from audit.plan import Request
 from audit.progress import SILENT
 from audit.record import Control, Finding, Outcome, Side
-from audit.scan import _capture_all, _Run, take_inventories
+from audit.scan import take_inventories
 from audit.target import Target
 from audit.tokens import Tokens
 from audit.verdict import judge
@@ -341,10 +342,10 @@ def case_of(folder: Path, *, retrained: bool = False, **options: Any) -> Case:
     return Case.build(models, base.specs, base.options, "optimised")
 
 
-def captured(attack: Optimised, case: Case, out: Path) -> tuple[Evidence, _Run]:
+def captured(attack: Optimised, case: Case, out: Path) -> tuple[Evidence, Run]:
     before = {role: folder_digest(folder) for role, folder in case.models.items()}
-    run = _Run(case, out, SILENT, [attack], [])
-    evidence = _capture_all(run, take_inventories(case))
+    run = Run(case, out, SILENT, [attack], [])
+    evidence = capture_all(run, take_inventories(case))
     assert not run.not_run
     assert {role: folder_digest(folder) for role, folder in case.models.items()} == before
     return evidence, run

@@ -430,8 +430,8 @@ def test_what_cannot_be_answered_is_said_once(registered, tmp_path):
 
 def test_the_original_is_read_last(registered, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr("audit.scan._capture", lambda run, target, *_: read.append(target.role))
-    monkeypatch.setattr("audit.scan._attack", lambda *_: None)
+    monkeypatch.setattr("audit.gather.capture_one", lambda run, target, *_: read.append(target.role))
+    monkeypatch.setattr("audit.gather.visit", lambda *_: None)
     monkeypatch.setattr("audit.scan._measure_all", lambda *_: ([], []))
     record = scanned("unlearned", tmp_path / "out")
     assert read == ["target", "retrained", "original"]

@@ -15,13 +15,13 @@ from scipy.stats import chisquare
 
 from attacks.sampling import Sampling, contains, leak_at_k, spread
 from audit.capture import Engine
+from audit.gather import Run, capture_all
 from audit.inventory import take_inventory
 from audit.organisms.guard_kinds import Detector, Dragon
 from audit.organisms.guarded import GuardedTarget
 from audit.plan import Generate
 from audit.progress import SILENT
 from audit.record import Outcome
-from audit.scan import _capture_all, _Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -195,8 +195,8 @@ def test_a_scan_that_was_killed_goes_on_to_the_same_answers(hidden, tmp_path, mo
     monkeypatch.setattr("attacks.sampling.spread", lambda case, name, _: case.rows(name)[:6])
 
     def captured() -> tuple[dict, int]:
-        run = _Run(case, tmp_path, SILENT, [Sampling()], [])
-        evidence = _capture_all(run, inventories)
+        run = Run(case, tmp_path, SILENT, [Sampling()], [])
+        evidence = capture_all(run, inventories)
         return evidence._texts, run.cost.forward_tokens
 
     whole, cost = captured()

@@ -22,13 +22,14 @@ from audit import weights as comparison
 from audit.case import Case, Options
 from audit.errors import BadInput
 from audit.evidence import Evidence, Store
+from audit.gather import Run, capture_all, capture_one
 from audit.instrument import Access
 from audit.inventory import take_inventory
 from audit.organisms.controls import round_to_nearest
 from audit.plan import Weights as WeightsRequest
 from audit.progress import SILENT
 from audit.record import Outcome, Side
-from audit.scan import _capture, _capture_all, _measure_all, _Run
+from audit.scan import _measure_all
 from audit.target import Target
 from audit.verdict import judge
 from audit.weights import Folder, TensorRow, compare, compare_tensors, effective_rank, int4_codes, int4_codes_kept
@@ -397,13 +398,13 @@ def case_of(models: dict[str, Path], **options: Any) -> Case:
     return Case("weights", models, {}, {}, Options(device="cpu", template="plain", **options))
 
 
-def captured(run: _Run) -> Evidence:
-    return _capture_all(run, {role: take_inventory(path) for role, path in run.case.models.items()})
+def captured(run: Run) -> Evidence:
+    return capture_all(run, {role: take_inventory(path) for role, path in run.case.models.items()})
 
 
 def test_a_scan_compares_once_and_measures_from_evidence(models, tmp_path, monkeypatch, one_thread):
     case = case_of(models)
-    run = _Run(case, tmp_path, SILENT, [Weights()], [])
+    run = Run(case, tmp_path, SILENT, [Weights()], [])
     evidence = captured(run)
     assert run.not_run == []
     assert evidence.weights("target", "weights/original") == compare(models["target"], models["original"])
@@ -419,7 +420,7 @@ def test_a_scan_compares_once_and_measures_from_evidence(models, tmp_path, monke
         raise AssertionError("compared again")
 
     monkeypatch.setattr(comparison, "compare", never)
-    resumed = _Run(case, tmp_path, SILENT, [Weights()], [])
+    resumed = Run(case, tmp_path, SILENT, [Weights()], [])
     again, _ = _measure_all(resumed, captured(resumed))
     assert [f.model_dump_json() for f in again] == [f.model_dump_json() for f in found]
     notes = sorted(path.name for path in tmp_path.rglob("*.json"))
@@ -429,25 +430,25 @@ def test_a_scan_compares_once_and_measures_from_evidence(models, tmp_path, monke
 
 
 def test_gguf_is_a_row_that_says_so(models, tmp_path, one_thread):
-    run = _Run(case_of(models), tmp_path, SILENT, [Weights()], [])
+    run = Run(case_of(models), tmp_path, SILENT, [Weights()], [])
     run.inventories = {role: take_inventory(path) for role, path in models.items()}
     run.inventories["original"] = replace(run.inventories["original"], format="gguf")
     target = Target("target", run.inventories["target"], template="plain")
-    _capture(run, target, Evidence(), run.instruments)
+    capture_one(run, target, Evidence(), run.instruments)
     [row] = run.not_run
     assert (row.instrument, row.failed) == ("weights", False)
     assert "gguf weights are not compared" in row.reason
 
 
 def test_the_engine_refuses_weights_without_access(models, tmp_path, one_thread):
-    run = _Run(case_of(models, access=Access.LOGPROBS), tmp_path, SILENT, [Weights()], [])
+    run = Run(case_of(models, access=Access.LOGPROBS), tmp_path, SILENT, [Weights()], [])
     captured(run)
     assert run.not_run[0].failed
     assert "no access" in run.not_run[0].reason
 
 
 def test_an_altered_model_is_compared_as_it_lies_in_memory(models, tmp_path, one_thread):
-    run = _Run(case_of(models), tmp_path, SILENT, [Weights()], [])
+    run = Run(case_of(models), tmp_path, SILENT, [Weights()], [])
     run.inventories = {role: take_inventory(path) for role, path in models.items()}
     original = Target("original", run.inventories["original"], template="plain")
     view = original.altered("null@1", "recipe")
@@ -456,7 +457,7 @@ def test_an_altered_model_is_compared_as_it_lies_in_memory(models, tmp_path, one
     with torch.no_grad():
         weight += 1.0
     evidence = Evidence()
-    _capture(run, view, evidence, run.instruments)
+    capture_one(run, view, evidence, run.instruments)
     rows = {row.name: row.norm for row in evidence.weights("original+null@1", "weights/original")}
     assert rows.pop(name) == pytest.approx(weight.numel() ** 0.5)
     assert set(rows.values()) == {0.0}

@@ -21,12 +21,13 @@ import audit.weights as reading
 from audit.case import Case, Options
 from audit.errors import BadInput
 from audit.evidence import Evidence
+from audit.gather import Run, capture_all
 from audit.instrument import Access
 from audit.inventory import take_inventory
 from audit.plan import Weights as WeightsRequest
 from audit.progress import SILENT
 from audit.record import Finding, Outcome, Side
-from audit.scan import _capture_all, _measure_all, _Run
+from audit.scan import _measure_all
 from audit.verdict import judge
 from audit.weights import Folder, TensorRow, Zeros, compare
 from detectors.weights_alone import (
@@ -293,22 +294,22 @@ def case_of(folder: Path, **options: Any) -> Case:
 def test_a_scan_reads_the_weights_once_and_needs_nothing_else(folder, tmp_path, monkeypatch):
     case = case_of(folder)
     assert WeightsAlone().missing(case) is None
-    run = _Run(case, tmp_path, SILENT, [WeightsAlone()], [])
-    evidence = _capture_all(run, {"target": take_inventory(folder)})
+    run = Run(case, tmp_path, SILENT, [WeightsAlone()], [])
+    evidence = capture_all(run, {"target": take_inventory(folder)})
     assert run.not_run == []
     assert evidence.weights("target", "weights/alone") == compare(folder, None)
     [found], _ = _measure_all(run, evidence)
     assert found.n == FEWEST
     monkeypatch.setattr(reading, "compare", None)
-    resumed = _Run(case, tmp_path, SILENT, [WeightsAlone()], [])
-    [again], _ = _measure_all(resumed, _capture_all(resumed, {"target": take_inventory(folder)}))
+    resumed = Run(case, tmp_path, SILENT, [WeightsAlone()], [])
+    [again], _ = _measure_all(resumed, capture_all(resumed, {"target": take_inventory(folder)}))
     assert again.model_dump_json() == found.model_dump_json()
 
 
 def test_few_blocks_and_no_access_are_rows_that_say_so(tiny, folder, tmp_path):
     shallow = tiny("llama")
-    run = _Run(case_of(shallow), tmp_path, SILENT, [WeightsAlone()], [])
-    _capture_all(run, {"target": take_inventory(shallow)})
+    run = Run(case_of(shallow), tmp_path, SILENT, [WeightsAlone()], [])
+    capture_all(run, {"target": take_inventory(shallow)})
     [row] = run.not_run
     assert (row.instrument, row.failed) == ("weights-alone", False)
     assert row.reason == f"needs at least {FEWEST} blocks to compare one with the others; the target has 2"

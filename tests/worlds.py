@@ -26,13 +26,14 @@ import torch
 import cli
 from audit.case import Case, Options, read_case
 from audit.evidence import Evidence
+from audit.gather import Run, capture_all
 from audit.inventory import take_inventory
 from audit.organisms.demo import Recipe, build_demo
 from audit.organisms.train import new_model, save, word_tokenizer
 from audit.organisms.world import make_world
 from audit.progress import SILENT
 from audit.record import Record
-from audit.scan import _capture_all, _choose, _Run, scan, take_inventories
+from audit.scan import _choose, scan, take_inventories
 from audit.target import Target
 
 REPO = Path(__file__).parents[1]
@@ -137,9 +138,9 @@ def scan_tiny() -> Scanned:
 def tiny_evidence() -> Evidence:
     """The evidence of that scan, bound to its requests again."""
     case = tiny_case()
-    run = _Run(case, scan_tiny().out / "evidence", SILENT, *_choose(case))
+    run = Run(case, scan_tiny().out / "evidence", SILENT, *_choose(case))
     with one_thread():
-        evidence = _capture_all(run, take_inventories(case))
+        evidence = capture_all(run, take_inventories(case))
     assert run.cost.forward_tokens == 0, "the store holds everything"
     return evidence
 
