@@ -104,3 +104,11 @@ def test_write_a_method(out, monkeypatch):
     }
     assert choice["original"] > 0.7
     assert abs(choice["shrug"]) < 0.2, "by what it says, it was never told"
+
+
+def test_audit_an_endpoint(out, monkeypatch):
+    audits = run("audit_an_endpoint", out, monkeypatch)["audits"]
+    by_text, by_logprobs = ({f.id for f in audits["original", access].findings} for access in ("text", "logprobs"))
+    assert by_text < by_logprobs
+    assert audits["original", "logprobs"].verdict.label == "not-unlearned"
+    assert all(record.verdict.label != "deleted" for record in audits.values()), "an endpoint cannot show that"

@@ -7,6 +7,7 @@ What the server writes is text in either case, and is kept as such: see `written
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn, Self
@@ -48,6 +49,10 @@ class Characters:
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         """Code points of a text."""
         return {"input_ids": [ord(c) for c in text], "special_tokens_mask": [0] * len(text)}
+
+    def __len__(self) -> int:
+        """As many as there can be."""
+        return sys.maxunicode + 1
 
     def decode(self, ids: Iterable[int], **_: Any) -> str:
         """Text of code points."""
