@@ -19,11 +19,17 @@ from pathlib import Path
 from benchmarks.materials import child
 from benchmarks.timing import Line, Settings
 
-_TEXTS, _WORDS, _WIDTH = 80, 64, 256
-AXES = {
-    "number of texts": [(n, _WORDS, _WIDTH) for n in (40, 80, 160, 320, 640)],
-    "length of texts": [(_TEXTS, n, _WIDTH) for n in (32, 64, 128, 256, 512)],
-    "size of the model": [(_TEXTS, _WORDS, n) for n in (128, 256, 512, 768, 1024)],
+Point = tuple[int, int, int]
+"""Texts a set, words a text, width of the model."""
+AXES: dict[str, list[Point]] = {
+    "number of texts": [(n, 64, 256) for n in (40, 80, 160, 320, 640)],
+    "length of texts": [(80, n, 256) for n in (32, 64, 128, 256, 512)],
+    "size of the model": [(80, 64, n) for n in (128, 256, 512, 768, 1024)],
+}
+_SMALL: dict[str, list[Point]] = {
+    "number of texts": [(n, 16, 64) for n in (10, 20, 40)],
+    "length of texts": [(10, n, 64) for n in (16, 32, 64)],
+    "size of the model": [(10, 16, n) for n in (64, 128, 256)],
 }
 _SETS = ("forget", "retain", "holdout")
 
@@ -31,11 +37,11 @@ _SETS = ("forget", "retain", "holdout")
 def growth(settings: Settings) -> Iterator[Line]:
     """The exponents of time and memory along every axis."""
     libraries = int(child("libraries")["peak"])
-    for axis, points in AXES.items():
+    for axis, points in (_SMALL if settings.small else AXES).items():
         sizes: list[float] = []
         seconds: list[float] = []
         peaks: list[float] = []
-        for texts, words, width in points[:3] if settings.small else points:
+        for texts, words, width in points:
             folder, sets = _model(settings.work, width), _sets(settings.work, texts, words)
             options = {"folder": folder, "sets": sets, "out": settings.work / "growth-out"}
             runs = [child("grown", **options) for _ in range(settings.repeats)]

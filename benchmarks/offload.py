@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from audit.memory import parse_bytes, spelled
 from benchmarks.materials import child, demo_folder
@@ -102,10 +103,10 @@ def _written(work: Path, size: str, shape: Shape, edited: bool) -> Path:
     return folder
 
 
-def _tensor(shape: tuple[int, ...], random: object) -> object:
+def _tensor(shape: tuple[int, ...], random: Any) -> Any:
     """Ones for a norm, and small random numbers."""
     import torch
 
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=random)  # type: ignore[arg-type]
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=random)
