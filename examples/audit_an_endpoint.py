@@ -130,7 +130,7 @@ for axis, access in zip(axes, ("text", "logprobs"), strict=True):
 axes[0].invert_yaxis()
 handles = [plt.Line2D([], [], color=c, marker="D", ms=4, lw=3, label=r) for r, c in
            (("original", COLOURS["retain"]), ("unlearned", COLOURS["forget"]))]  # fmt: skip
-axes[1].legend(handles=handles, loc="lower left")
+figure.legend(handles=handles, loc="upper right", ncols=2)
 figure.suptitle("What an endpoint shows", x=0.01, ha="left")
 here.picture(figure, "audit-an-endpoint")
 
