@@ -66,9 +66,9 @@ class TaskVector(Altering):
     def alterations(self, case: Case, target: OpenModel) -> list[Alteration]:  # noqa: ARG002
         """A quarter beyond, a quarter back, half back."""
         parts = (0.25,) if case.options.budget.value == "quick" else (-0.25, 0.25, 0.5)
-        digest = take_inventory(case.models["original"]).digest
+        digest = take_inventory(case.folder("original")).digest
         return [Alteration(f"{t:+g}", partial(_apply, case=case, part=t), f"{t}/{digest}") for t in parts]
 
 
 def _apply(target: OpenModel, case: Case, part: float) -> None:
-    walk_back(target.model, target.beside("original", case.models["original"]).model, part)
+    walk_back(target.model, target.beside("original", case.folder("original")).model, part)

@@ -141,7 +141,7 @@ def _radii(case: Case) -> dict[int, float]:
     from audit.matched import change_by_site
     from audit.weights import Folder
 
-    return change_by_site(Folder(case.models["target"]), Folder(case.models["original"]))
+    return change_by_site(Folder(case.folder("target")), Folder(case.folder("original")))
 
 
 def _data(case: Case, target: Target) -> list[list[Tokens]]:

@@ -118,7 +118,10 @@ def test_missing_says_nothing_against_the_full_case(each, case):
 @pytest.mark.parametrize("access", list(Access))
 def test_missing_respects_access(each, access):
     reason = each.missing(tiny_case(access=access.name.lower(), only=[each.name]))
-    assert (reason is None) == (each.access <= access)
+    if (each.name, access) == ("remind", Access.LOGPROBS):  # of a folder; an endpoint's tokenizer may bring embeddings
+        assert reason is not None and "embeddings" in reason
+    else:
+        assert (reason is None) == (each.access <= access)
     if reason:
         assert each.access.name.lower() in reason
 
