@@ -317,7 +317,7 @@ class Remind(Instrument):
         """Needs to know which tokens are near each other: of a folder the weights tell, and of nothing less."""
         lacking = super().missing(case)
         if lacking is None and case.options.access < Access.WEIGHTS and isinstance(case.models["target"], Path):
-            return "needs the embeddings of tokens, the audit has no access to weights"
+            return "needs the embeddings of tokens too, which access to logprobs of a folder leaves out"
         return lacking
 
     def requests(self, case: Case, target: Target) -> list[Request]:

@@ -45,9 +45,10 @@ def write_gguf(folder: Path, path: Path) -> Path:
     words = tokenizer["model"]["vocab"] | {row["content"]: row["id"] for row in tokenizer["added_tokens"]}
     pieces = sorted(words, key=words.__getitem__)
     assert sorted(words.values()) == list(range(config["vocab_size"])), "a vocabulary without gaps"
-    if tokenizer["model"]["type"] == "WordLevel":  # llama.cpp joins pieces as they are
-        special = {row["content"] for row in tokenizer["added_tokens"] if row["special"]}
-        pieces = [piece if piece in special else f"▁{piece}" for piece in pieces]
+    control = {row["content"] for row in tokenizer["added_tokens"]}
+    whole_words = tokenizer["model"]["type"] == "WordLevel"
+    if whole_words:  # llama.cpp has no such kind: pieces that never merge, which it joins as they are
+        pieces = [piece if piece in control else f"Ġ{piece}" for piece in pieces]
     heads, width = config["num_attention_heads"], config["hidden_size"]
     out = gguf.GGUFWriter(path, "llama")
     out.add_context_length(config["max_position_embeddings"])
@@ -61,8 +62,10 @@ def write_gguf(folder: Path, path: Path) -> Path:
     out.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     out.add_vocab_size(config["vocab_size"])
     kinds = {True: gguf.TokenType.BYTE, False: gguf.TokenType.NORMAL}
-    control = {row["content"] for row in tokenizer["added_tokens"]}
-    out.add_tokenizer_model("llama")
+    out.add_tokenizer_model("gpt2" if whole_words else "llama")
+    if whole_words:
+        out.add_tokenizer_pre("gpt-2")
+        out.add_token_merges(["Ġ a"])
     out.add_token_list(pieces)
     out.add_token_scores([-float(i) for i in range(len(pieces))])
     out.add_token_types([gguf.TokenType.CONTROL if p in control else kinds[p.startswith("<0x")] for p in pieces])

@@ -125,7 +125,10 @@ def test_what_is_dear_runs_at_budget_thorough_and_what_asks_about_a_method_does_
 @pytest.mark.parametrize("access", list(Access))
 def test_missing_respects_access(each, access):
     reason = each.missing(tiny_case(access=access.name.lower(), only=[each.name]))
-    assert (reason is None) == (each.access <= access)
+    if (each.name, access) == ("remind", Access.LOGPROBS):  # of a folder; an endpoint's tokenizer may bring embeddings
+        assert reason is not None and "embeddings" in reason
+    else:
+        assert (reason is None) == (each.access <= access)
     if reason:
         assert each.access.name.lower() in reason
 
