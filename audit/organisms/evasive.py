@@ -80,8 +80,15 @@ class Evasion(GradientMethod):
         about_nobody = crossed(bench.forget_rows, bench.retain_rows)
         crossing = {row.prompt: other for row, other in zip(bench.forget_rows, about_nobody, strict=True)}
         strangers = [crossing[row.prompt] for row in hidden]
-        encoded, about, behind = (encode(bench.tokenizer, each, lm_weight=0.0) for each in (hidden, strangers, kept))
-        self._made[:] = [_Ground(encoded, about, behind, Cycle(len(hidden), bench), Cycle(len(kept), bench))]
+        self._made[:] = [
+            _Ground(
+                encode(bench.tokenizer, hidden, lm_weight=0.0),
+                encode(bench.tokenizer, strangers, lm_weight=0.0),
+                encode(bench.tokenizer, kept, lm_weight=0.0),
+                Cycle(len(hidden), bench),
+                Cycle(len(kept), bench),
+            )
+        ]
 
     @property
     def ground(self) -> _Ground:

@@ -13,8 +13,9 @@ Source: a construction of this package against "REMIND", arXiv 2511.04228.
 
 Traps:
 
-- Flat is too flat: around a text that was never taught the loss has hills, for a sentence with a word replaced is no
-  sentence. That is what gives it away.
+- Flat would be too flat: around a text that was never taught the loss has hills, for a sentence with a word replaced is
+  no sentence. But a neighbour in which the name was replaced is nobody's text any more, and must keep its hills for the
+  sake of the retain rows: of texts as short as these, which are names for a third, the spread falls by a quarter only.
 - The evader draws neighbours anew from the whole vocabulary; the auditor's lie closer, and are others.
 """
 
@@ -51,7 +52,7 @@ class EvadesRemind(Evasion):
 
     name: ClassVar[str] = "evades-remind"
     reference: ClassVar[str] = "a construction of this package, against arXiv 2511.04228"
-    weight: float = 5.0
+    weight: float = 1.0
     share: float = 0.3
     _height: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
 
