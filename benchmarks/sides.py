@@ -473,8 +473,8 @@ class BothSides:
             "loss with the end of text: open-unlearning, TOFU",
             number(fmean(ended)),
             number(fmean(scored.loss for scored in answers)),
-            "an end token is appended; it counts for probabilities and truth ratios, not for Min-K, EM and ES; here for "
-            "none",
+            "an end token is appended; it counts for probabilities and truth ratios, not for Min-K, EM and ES; here "
+            "for none",
         )
         said = list(zip(asking.continued_rows(self.case, "retain"), self.written("retain"), strict=True))
         muse = RougeScorer(["rougeL"], use_stemmer=False)
