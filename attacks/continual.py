@@ -39,6 +39,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from attacks.recall import questions, recalled, tested
 from attacks.recovery import Group, Rows, curve_figure
+from audit.arrays import finite
 from audit.case import Case
 from audit.evidence import Evidence
 from audit.finetune import descend, endless, learning_rate, padded
@@ -149,9 +150,13 @@ def unlearn(
 
 
 def degree(value: ArrayLike, reference: float) -> Floats:
-    """FIT's F.D. and R.U.: max(0, 1 - |value / reference - 1|). NaN where the reference is 0."""
+    """FIT's F.D. and R.U. of values of any shape [...]: max(0, 1 - |value / reference - 1|). NaN for a reference of 0.
+
+    Raises ValueError where a value is not finite.
+    """
+    values = finite(value, "value")
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.maximum(0.0, 1 - np.abs(np.asarray(value, dtype=float) / reference - 1))
+        found = np.maximum(0.0, 1 - np.abs(values / reference - 1))
     return np.asarray(np.where(reference > 0, found, np.nan))
 
 

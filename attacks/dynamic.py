@@ -52,6 +52,7 @@ from numpy.typing import ArrayLike
 from attacks.prompting import OPTIONS, PLAIN, Asked, Prompting, Way, encoded, fitting, plainly
 from attacks.recall import SETS, Floats, mean_row
 from attacks.rewording import Facts, asked_back, form, statement, uncapitalised, with_synonyms
+from audit.arrays import alike, finite
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
@@ -199,9 +200,10 @@ def pathway(target: ArrayLike, original: ArrayLike) -> Floats:
 
     0 where a state does not differ from the mean. Raises `ValueError` for other shapes, or fewer than two rows.
     """
-    a, b = np.asarray(target, dtype=np.float64), np.asarray(original, dtype=np.float64)
-    if a.shape != b.shape or a.ndim != 3 or len(a) < 2:
-        raise ValueError(f"states [n, layers, width] of at least two rows needed twice, got {a.shape} and {b.shape}")
+    a, b = finite(target, "target", 3), finite(original, "original", 3)
+    alike(a, b, "target", "original")
+    if len(a) < 2:
+        raise ValueError("target has one row: a mean over rows is taken off")
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.asarray(np.divide((a * b).sum(axis=-1), lengths, out=np.zeros(lengths.shape), where=lengths > 0))

@@ -96,6 +96,8 @@ def swaps(
 ) -> list[Prefix]:
     """Prefixes that differ in one token, drawn from the `top_k` allowed ones with the lowest scores at each position.
 
+    `scores`: [length, vocabulary], as of `swap_scores`.
+
     Each is another; fewer than `candidates` where there are no more.
     """
     import torch
@@ -126,7 +128,10 @@ def gcg_step(
     rng: np.random.Generator,
     first: int | None = None,
 ) -> tuple[Prefix, float, float]:
-    """The best candidate, or the prefix as it was if none is better; the rows' loss before and after."""
+    """The best candidate, or the prefix as it was if none is better; the rows' loss before and after.
+
+    `table`: what each token puts into the model, [vocabulary, width].
+    """
     before = prefix_loss(model, rows, prefix, first)
     tried = swaps(swap_scores(model, rows, prefix, table, first), prefix, allowed, candidates, top_k, rng)
     losses = [prefix_loss(model, rows, each, first) for each in tried]

@@ -36,6 +36,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from attacks.recall import SETS, questions, recalled, tested
+from audit.arrays import finite
 from audit.case import Case
 from audit.contrast import ALPHA, thinned
 from audit.evidence import Evidence
@@ -74,7 +75,7 @@ GRADIENT = recorded_by_attack("hardness-gradient")
 def gradient(
     loss: Callable[[Sequence[Tokens]], torch.Tensor], weights: Sequence[torch.Tensor], rows: Sequence[Tokens]
 ) -> list[torch.Tensor]:
-    """Gradient of the mean loss over all scored tokens with regard to `weights`: as shaped as they are, in float32.
+    """Gradient of the mean loss over all scored tokens with regard to `weights`, of any shape: as shaped, in float32.
 
     `loss` is such a mean over a batch; batches count by how many tokens they score.
     """
@@ -92,7 +93,7 @@ def gradient(
 
 
 def cosine(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
-    """Cosine of two gradients; 0 where one of them is nil."""
+    """Cosine of two gradients, tensors of any shape in one order, in [-1, 1]; 0 where one of them is nil."""
     dot = sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
     length = np.sqrt(sum(float(x.square().sum()) for x in a) * sum(float(y.square().sum()) for y in b))
     return float(dot / length) if length > 0 else 0.0
@@ -100,7 +101,9 @@ def cosine(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
 
 def nearest(states: ArrayLike, others: ArrayLike) -> tuple[Floats, NDArray[np.intp]]:
     """Per state [n, width] the largest cosine with one of the others [m, width], and which it is: [n] each."""
-    a, b = (np.asarray(x, dtype=float) for x in (states, others))
+    a, b = finite(states, "states", 2), finite(others, "others", 2)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"others has width {b.shape[1]}, states {a.shape[1]}")
     a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
     cosines = a @ b.T
     return cosines.max(axis=1), cosines.argmax(axis=1)

@@ -43,7 +43,12 @@ _SOURCE = "Arditi et al. 2024, arXiv 2406.11717; Łucki et al. 2024, arXiv 2409.
 
 
 def without(states: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    """States [..., d] with what they have of a direction [d] of unit length taken out."""
+    """States [..., d] with what they have of a direction [d] of unit length taken out.
+
+    Raises ValueError if `direction` is no vector as wide as the states.
+    """
+    if direction.ndim != 1 or states.shape[-1:] != direction.shape:
+        raise ValueError(f"direction has shape {tuple(direction.shape)}, states {tuple(states.shape)}")
     return states - (states @ direction)[..., None] * direction
 
 

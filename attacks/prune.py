@@ -47,6 +47,8 @@ def pruned(weight: Tensor, share: float, inputs: Tensor | None = None) -> Tensor
         share: 0 to 1; rounded down to whole entries.
         inputs: length of each input over some rows, as many as a row has entries.
     """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}, outside [0, 1]")
     rows = weight.detach().flatten(1)
     counts = rows.float().abs() if inputs is None else rows.float().abs() * inputs
     least = counts.argsort(dim=1, stable=True)[:, : int(share * rows.shape[1])]

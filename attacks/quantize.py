@@ -49,6 +49,8 @@ def round_channels(weight: Tensor, bits: int, block: int | None = None) -> Tenso
     """A weight [out, …] rounded to integers of so many bits, symmetric, one scale a row or `block` of its weights."""
     from torch.nn.functional import pad
 
+    if bits < 2 or not weight.numel():
+        raise ValueError(f"bits is {bits}, weight of shape {tuple(weight.shape)}: 2 bits and one entry at least")
     rows = weight.detach().float().flatten(1)
     width = rows.shape[1]
     if block is not None:
@@ -60,13 +62,15 @@ def round_channels(weight: Tensor, bits: int, block: int | None = None) -> Tenso
 
 
 def round_levels(weight: Tensor, levels: tuple[float, ...], block: int = BLOCK) -> Tensor:
-    """A weight rounded to the nearest of some levels, ascending from -1 to 1, in units of each block's magnitude.
+    """A weight [out, …] rounded to the nearest of some levels from -1 to 1, in units of each block's magnitude.
 
     Blocks are cut in the order of the elements, over rows, as bitsandbytes cuts them.
     """
     import torch
     from torch.nn.functional import pad
 
+    if block < 1 or len(levels) < 2 or list(levels) != sorted(levels):
+        raise ValueError(f"levels must ascend, two at least, and block be positive; got {levels} and {block}")
     flat = weight.detach().float().flatten()
     blocks = pad(flat, (0, -len(flat) % block)).view(-1, block)
     largest = blocks.abs().amax(dim=1, keepdim=True)

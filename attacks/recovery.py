@@ -30,7 +30,14 @@ Rows = list[list[str | int | MaybeNumber]]
 
 def area(curves: ArrayLike, steps: Sequence[int]) -> Floats:
     """Mean of each curve [..., 1 + steps] over the steps 0 to the last, by trapezoids: [...], in the curve's unit."""
-    return np.asarray(np.trapezoid(np.asarray(curves, dtype=float), [0, *steps], axis=-1) / steps[-1])
+    return np.asarray(np.trapezoid(_curves(curves, steps), [0, *steps], axis=-1) / steps[-1])
+
+
+def _curves(curves: ArrayLike, steps: Sequence[int]) -> Floats:
+    values = np.asarray(curves, dtype=float)
+    if not len(steps) or values.shape[-1:] != (1 + len(steps),):
+        raise ValueError(f"curves has shape {values.shape}, but {len(steps)} steps need [..., {1 + len(steps)}]")
+    return values
 
 
 def steps_to(curves: ArrayLike, steps: Sequence[int], level: float) -> Floats:
@@ -38,7 +45,7 @@ def steps_to(curves: ArrayLike, steps: Sequence[int], level: float) -> Floats:
 
     0 where it lies there before the attack, the last step where it never does. NaN where a curve holds NaN.
     """
-    values, at = np.asarray(curves, dtype=float), np.array([0, *steps], dtype=float)
+    values, at = _curves(curves, steps), np.array([0, *steps], dtype=float)
     reached = values >= level
     there = reached.argmax(axis=-1)
     before = np.maximum(there - 1, 0)

@@ -68,7 +68,7 @@ LEAKS = Statistic(
 
 
 def leak_at_k(hits: ArrayLike, n: int, k: int) -> Floats:
-    """Unbiased estimate of the probability that one of k draws hits, from how many of n did: the shape of `hits`.
+    """Unbiased estimate of the probability, [...], that one of k draws hits, from how many of n did, `hits` [...].
 
     Raises ValueError unless 1 <= k <= n and hits lie within 0..n.
     """

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from audit.arrays import alike, finite
 from audit.statistics import cluster_index
 
 __all__ = ["Flags", "Floats", "average_probability", "lira_scores", "random_halves", "rmia_scores"]
@@ -26,7 +27,7 @@ def lira_scores(target: ArrayLike, shadows: ArrayLike, inside: ArrayLike, fewest
     Mean and spread are those of the models that did not; the spread is the images' common one unless all have `fewest`
     such models. Raises ValueError for shapes that do not fit, an image that every model saw, or no spread to be had.
     """
-    f = np.asarray(target, np.float64)
+    f = finite(target, "target", 1)
     others, seen = _shaped(shadows, inside)
     if f.shape != others.shape[:1]:
         raise ValueError(f"target has shape {f.shape}, shadows {others.shape}")
@@ -64,11 +65,13 @@ def rmia_scores(
     `target` and `average` [n] hold log p and log q of the images, `z_target` and `z_average` [m] of the population's.
     Raises ValueError for shapes that do not fit, or a gamma that is not positive.
     """
-    x, z = (
-        np.asarray(p, np.float64) - np.asarray(q, np.float64) for p, q in ((target, average), (z_target, z_average))
-    )
-    if x.ndim != 1 or z.ndim != 1 or not z.size or gamma <= 0:
-        raise ValueError(f"log-probabilities of shapes {x.shape} and {z.shape}, gamma {gamma}: 1-D and > 0 are needed")
+    p, q = finite(target, "target", 1), finite(average, "average", 1)
+    p_z, q_z = finite(z_target, "z_target", 1), finite(z_average, "z_average", 1)
+    alike(p, q, "target", "average")
+    alike(p_z, q_z, "z_target", "z_average")
+    if gamma <= 0:
+        raise ValueError(f"gamma is {gamma}: above 0 is needed")
+    x, z = p - q, p_z - q_z
     return np.searchsorted(np.sort(z), x - math.log(gamma), "left") / len(z)
 
 
@@ -76,6 +79,8 @@ def _shaped(shadows: ArrayLike, inside: ArrayLike) -> tuple[Floats, Flags]:
     values, seen = np.asarray(shadows, np.float64), np.asarray(inside, np.bool_)
     if values.ndim != 2 or values.shape != seen.shape or not values.size:
         raise ValueError(f"shadows has shape {values.shape}, inside {seen.shape}: both must be [images, models]")
+    if np.isnan(values).any():
+        raise ValueError("shadows holds NaN")
     return values, seen
 
 

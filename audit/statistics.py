@@ -40,7 +40,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 from scipy.stats import rankdata
 
+from audit.arrays import finite
+
 FloatArray = NDArray[np.float64]
+
 Bounds = tuple[float, float]
 Seed = int | np.random.Generator
 
@@ -115,7 +118,7 @@ def mean_estimate(x: ArrayLike, clusters: ArrayLike, *, bounds: Bounds | None = 
 
 
 def one_sample(d: ArrayLike, clusters: ArrayLike, *, seed: Seed, bounds: Bounds | None = None) -> Estimate:
-    """Mean of paired differences `d`, tested against 0 by flipping the sign of whole clusters.
+    """Mean of paired differences `d` [n], tested against 0 by flipping the sign of whole clusters.
 
     `bounds` are those of a difference: (-1, 1) for a difference of two accuracies.
     Null: each cluster's differences are as likely with the opposite sign (Fisher 1935).
@@ -275,7 +278,7 @@ def detectable(
 
 def auc(positive: ArrayLike, negative: ArrayLike) -> float:
     """P(positive > negative) + P(equal) / 2 over all pairs of rows (Mann & Whitney 1947)."""
-    pos, neg = _rows(positive, "positive"), _rows(negative, "negative")
+    pos, neg = finite(positive, "positive", 1), finite(negative, "negative", 1)
     ranks = rankdata(np.concatenate([pos, neg]))
     wins = ranks[: len(pos)].sum() - len(pos) * (len(pos) + 1) / 2
     return float(wins / (len(pos) * len(neg)))
@@ -331,7 +334,7 @@ def tpr_at_fpr(positive: ArrayLike, negative: ArrayLike, fpr: float = 0.01) -> f
 
     With fewer than 1 / `fpr` negatives no false positive is allowed at all, and the figure says little.
     """
-    pos, neg = _rows(positive, "positive"), _rows(negative, "negative")
+    pos, neg = finite(positive, "positive", 1), finite(negative, "negative", 1)
     if not 0 <= fpr <= 1:
         raise ValueError(f"fpr must lie in [0, 1], got {fpr}")
     allowed = math.floor(fpr * len(neg) + 1e-9)
@@ -418,17 +421,6 @@ def _check_counts(successes: float, n: float, level: float) -> None:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
 
 
-def _rows(x: ArrayLike, name: str, ndim: int = 1) -> FloatArray:
-    rows = np.asarray(x, dtype=np.float64)
-    if rows.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {rows.shape}")
-    if rows.size == 0:
-        raise ValueError(f"{name} is empty")
-    if not np.isfinite(rows).all():
-        raise ValueError(f"{name} has NaN or infinite values")
-    return rows
-
-
 def cluster_index(clusters: ArrayLike, n: int, name: str) -> NDArray[np.intp]:
     """Each row's cluster as a number from 0 on, [n]. A missing label (None, NaN) is a `ValueError`."""
     labels = np.asarray(clusters)
@@ -471,7 +463,7 @@ def _group(
     ndim: int = 1,
     bounds: Bounds | None = None,
 ) -> _Group:
-    rows = _rows(x, name, ndim)
+    rows = finite(x, name, ndim)
     index = cluster_index(clusters, len(rows), clusters_name)
     if bounds is not None:
         if not (np.isfinite(bounds).all() and bounds[0] < bounds[1]):

@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from audit.arrays import alike, finite
+
 __all__ = [
     "CONTRASTS", "SETS", "STILL", "TABLE", "Classifier", "Features", "Floats", "Table", "coherence", "entropy",
     "held_out_scores", "inverse_stable_rank", "kl_divergence", "logit_features", "read_table", "state_features",
@@ -45,6 +47,7 @@ STILL = -10.0
 """The log-odds of a model that did not move."""
 
 _FLOOR = 1e-9
+_ROUNDING = 1e-3  # how far above 0 a log-probability may lie from rounding
 _FOLDS = 8
 _DISTANCES = ("kl", "moved")
 _REACH = 4.0  # standard deviations: beyond, a linear rule knows nothing, so it is not led further
@@ -55,25 +58,33 @@ _REACH = 4.0  # standard deviations: beyond, a linear rule knows nothing, so it 
 
 def kl_divergence(p: ArrayLike, q: ArrayLike) -> Floats:
     """KL(p || q) in nats, [...], from log-probabilities [..., V]."""
-    p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
+    p, q = _logs(p, "p"), _logs(q, "q")
+    alike(p, q, "p", "q")
     return np.asarray((np.exp(p) * (p - q)).sum(-1))
 
 
 def entropy(p: ArrayLike) -> Floats:
     """Entropy in nats, [...], of log-probabilities [..., V]."""
-    p = np.asarray(p, dtype=np.float64)
+    p = _logs(p, "p")
     return np.asarray(-(np.exp(p) * p).sum(-1))
+
+
+def _logs(values: ArrayLike, name: str) -> Floats:
+    logs = finite(values, name)
+    if logs.max() > _ROUNDING:
+        raise ValueError(f"{name} holds {logs.max():g}: log-probabilities are at most 0")
+    return logs
 
 
 def coherence(shifts: ArrayLike) -> float:
     """Share, 0 to 1, of the squared length of shifts [n, d] that all of them have in common: n |mean|^2 / sum |.|^2."""
-    x = np.asarray(shifts, dtype=np.float64)
+    x = finite(shifts, "shifts", 2)
     return float(len(x) * (x.mean(0) ** 2).sum() / max(float((x**2).sum()), _FLOOR**2))
 
 
 def inverse_stable_rank(shifts: ArrayLike) -> float:
     """sigma_1^2 / sum sigma^2, 0 to 1, of shifts [n, d] less their mean: 1 if all lie along one line."""
-    x = np.asarray(shifts, dtype=np.float64)
+    x = finite(shifts, "shifts", 2)
     x = x - x.mean(0)
     gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
     return float(np.linalg.eigvalsh(gram)[-1] / max(float(np.trace(gram)), _FLOOR**2))

@@ -189,7 +189,8 @@ class Judged:
 def honest_epsilon(members: ArrayLike, others: ArrayLike, *, seed: int, delta: float = DELTA) -> Judged:
     """The worst case without peeking: chosen on one half of the images, judged on the other.
 
-    Shapes as in `worst_case_epsilon`; rows are independent. Raises ValueError as it does, and for fewer than two rows.
+    Shapes [n, scores] and [m, scores], or [n] and [m], as in `worst_case_epsilon`; rows are independent. Raises
+    ValueError as it does, and for fewer than two rows.
     """
     from scipy import stats
 

@@ -70,6 +70,8 @@ def called(answered: ArrayLike, classes: int) -> Floats:
     Raises ValueError if there is no image, or a number that is no class.
     """
     numbers = np.asarray(answered)
+    if not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(f"answered must hold numbers of classes, got {numbers.dtype}")
     if numbers.ndim != 1 or not numbers.size:
         raise ValueError(f"answered must be a non-empty 1-D array, got shape {numbers.shape}")
     if numbers.min() < 0 or numbers.max() >= classes:

@@ -284,6 +284,8 @@ def multiclass_auc(probabilities: ArrayLike, labels: ArrayLike) -> float:
     """
     scores, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
     classes = np.unique(y)
+    if not np.isfinite(scores).all():
+        raise ValueError("probabilities is not finite")
     if y.ndim != 1 or len(classes) < 2:
         raise ValueError("labels must be 1-D and hold at least two classes")
     if scores.shape != (len(y), len(classes)):

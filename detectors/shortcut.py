@@ -74,6 +74,8 @@ def majority(classes: Sequence[str], groups: Sequence[str]) -> dict[str, str]:
 
     `classes` and `groups`: of every image, [n] each. Raises ValueError if their lengths differ.
     """
+    if len(classes) != len(groups):
+        raise ValueError(f"groups holds {len(groups)} names, classes {len(classes)}")
     counts: dict[str, Counter[str]] = {}
     for name, group in zip(classes, groups, strict=True):
         counts.setdefault(name, Counter())[group] += 1

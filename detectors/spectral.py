@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from audit.arrays import alike, finite
 from audit.case import Case
 from audit.contrast import thinned
 from audit.errors import BadInput
@@ -77,7 +78,10 @@ def leading_directions(states: ArrayLike, k: int = 1) -> Floats:
 
 def projections(states: ArrayLike, directions: ArrayLike, centre: ArrayLike = 0.0) -> Floats:
     """Places [n, k] of states [n, d], less `centre` [d], along directions [k, d]."""
-    return np.asarray((np.asarray(states, np.float64) - np.asarray(centre)) @ np.asarray(directions, np.float64).T)
+    x, along = finite(states, "states", 2), finite(directions, "directions", 2)
+    if along.shape[1] != x.shape[1]:
+        raise ValueError(f"directions has width {along.shape[1]}, states {x.shape[1]}")
+    return np.asarray((x - finite(centre, "centre")) @ along.T)
 
 
 def shift(original_projection: ArrayLike, target_projection: ArrayLike) -> float:
@@ -86,9 +90,8 @@ def shift(original_projection: ArrayLike, target_projection: ArrayLike) -> float
     0 where both have the same values, in whatever order; infinite where the original's do not vary and the target's
     differ. Raises `ValueError` where they are not as many, or none.
     """
-    a, b = np.asarray(original_projection, np.float64), np.asarray(target_projection, np.float64)
-    if a.ndim != 1 or a.shape != b.shape or not len(a):
-        raise ValueError(f"projections of shapes {a.shape} and {b.shape}")
+    a, b = finite(original_projection, "original_projection", 1), finite(target_projection, "target_projection", 1)
+    alike(a, b, "original_projection", "target_projection")
     gap, spread = float(np.abs(np.sort(a) - np.sort(b)).mean()), float(a.std())
     return gap / spread if spread else math.inf if gap else 0.0
 
@@ -99,7 +102,8 @@ def exchange_p(a: ArrayLike, b: ArrayLike, clusters: Sequence[str], *, seed: int
     Null: for every entity the two models' rows could as well be exchanged. All exchanges are made where there are at
     most 1,024, else 999 random ones, the observed one counted in (Phipson & Smyth 2010).
     """
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    x, y = finite(a, "a", 1), finite(b, "b", 1)
+    alike(x, y, "a", "b")
     names, who = np.unique(np.asarray(clusters), return_inverse=True)
     m = len(names)
     exact = m <= 10

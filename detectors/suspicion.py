@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr, ndtr, rel_entr
 
+from audit.arrays import alike, finite
 from audit.quantities import Quantity, View
 from audit.statistics import cluster_index
 
@@ -87,7 +88,8 @@ def _over(cells: NDArray[np.int_], others: int, ids: NDArray[np.int_], head: Arr
 
 def js_divergence(p: ArrayLike, q: ArrayLike) -> Floats:
     """Jensen-Shannon divergence of probabilities [..., V], in nats: 0 where they are equal, ln 2 where disjoint."""
-    p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
+    p, q = finite(p, "p"), finite(q, "q")
+    alike(p, q, "p", "q")
     middle = (p + q) / 2
     return np.asarray(np.clip((rel_entr(p, middle) + rel_entr(q, middle)).sum(axis=-1) / 2, 0, math.log(2)))
 
@@ -99,7 +101,8 @@ def movement(original: ArrayLike, target: ArrayLike, *, others: bool = False) ->
     0 where nothing changed, 1 where a certain answer gave way to others; below 0 where it became surer. `others`: the
     last cell holds many tokens, as `together` makes it, and is nobody's choice.
     """
-    p0, p = np.asarray(original, dtype=np.float64), np.asarray(target, dtype=np.float64)
+    p0, p = finite(original, "original"), finite(target, "target")
+    alike(p0, p, "original", "target")
     first = p0[..., : -1 if others else None].argmax(axis=-1)[..., None]
     lost = (np.take_along_axis(p0, first, -1) - np.take_along_axis(p, first, -1))[..., 0]
     return np.asarray((js_divergence(p0, p) / math.log(2) + lost) / 2)
@@ -200,7 +203,7 @@ def suspicion(movements: ArrayLike, items: ArrayLike, *, mark: float = HALF_WAY)
 
     Ranked by what exceeds the `mark`, so that items which moved a little are not ranked by how little.
     """
-    rows = np.asarray(movements, dtype=np.float64)
+    rows = finite(movements, "movements", 1)
     index = cluster_index(items, len(rows), "items")
     level = by_item(rows, index)
     z = robust_z(level)
@@ -210,7 +213,7 @@ def suspicion(movements: ArrayLike, items: ArrayLike, *, mark: float = HALF_WAY)
 
 def unusual(features: ArrayLike, items: ArrayLike) -> Suspects:
     """From rows' features [n, F], by how unusual, on either side, an item's are in the list: items in sorted order."""
-    rows = np.asarray(features, dtype=np.float64)
+    rows = finite(features, "features", 2)
     means = by_item(rows, cluster_index(items, len(rows), "items"))
     z = np.mean([np.abs(robust_z(column)) for column in means.T], axis=0)
     return Suspects(z, z, z, _false_discoveries(np.minimum(2 * _tail(z), 1)))

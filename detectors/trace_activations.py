@@ -17,12 +17,13 @@ Traps:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from audit.arrays import alike, finite
 from audit.case import Case
 from audit.controls import grouped_folds
 from audit.evidence import Arrays, Evidence
@@ -57,7 +58,7 @@ def depths(layers: int) -> list[int]:
     return [int(i) for i in np.linspace(0, layers - 1, DEPTHS).round()]
 
 
-def told_apart(a: Floats, b: Floats, clusters: list[str], *, seed: int) -> NDArray[np.bool_]:
+def told_apart(a: ArrayLike, b: ArrayLike, clusters: Sequence[str], *, seed: int) -> NDArray[np.bool_]:
     """Which of the 2 n states a linear classifier tells right that saw neither their prompts nor their entities.
 
     Args:
@@ -71,7 +72,9 @@ def told_apart(a: Floats, b: Floats, clusters: list[str], *, seed: int) -> NDArr
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    x, y = np.concatenate([a, b]), np.repeat([0, 1], len(a))
+    one, two = finite(a, "a", 2), finite(b, "b", 2)
+    alike(one, two, "a", "b")
+    x, y = np.concatenate([one, two]), np.repeat([0, 1], len(one))
     right = np.zeros(len(x), dtype=bool)
     # Folds by entity, so that no prompt is in training as one model's and in the test as the other's.
     for train, test in grouped_folds(np.tile(clusters, 2), y, seed=seed):

@@ -58,6 +58,8 @@ def told_apart(ours: Sequence[str], theirs: Sequence[str], clusters: ArrayLike, 
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
+    if not len(ours) == len(theirs) == np.size(clusters) > 0:
+        raise ValueError(f"ours holds {len(ours)} answers, theirs {len(theirs)}, clusters {np.size(clusters)} names")
     texts = np.array([*ours, *theirs], dtype=object)
     vectors = None if encode is None else np.asarray(encode(list(texts)))
     y = np.repeat([0, 1], len(ours))
@@ -88,7 +90,7 @@ def text_features(
     Args:
         target: answers by set.
         original: the answers to the same prompts of the model before; without it, numbers of the target alone.
-        clusters: the entity of every prompt, by set; for how well they are told apart.
+        clusters: the entity of every prompt [n], by set; for how well they are told apart.
     """
     found: Features = {}
     for name in (name for name in SETS if name in target):

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from audit.arrays import finite
 from audit.case import Case
 from audit.errors import BadInput
 from audit.evidence import Evidence
@@ -72,8 +73,8 @@ _WORD = re.compile(r"\w+(?:['’]\w+)?")
 
 def drops(probability: ArrayLike) -> Floats:
     """What each word costs each row, [n, words], from probabilities [1 + words, n] of which the first is without."""
-    p = np.asarray(probability, np.float64)
-    if p.ndim != 2 or len(p) < 2:
+    p = finite(probability, "probability", 2)
+    if len(p) < 2:
         raise ValueError(f"probability must have shape [1 + words, n], got {p.shape}")
     return np.asarray((p[0] - p[1:]).T)
 

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from audit.arrays import finite
 from audit.case import Case
 from audit.errors import BadInput
 from audit.evidence import Evidence
@@ -82,7 +83,9 @@ def localisation(squares: ArrayLike) -> Localisation:
     Args:
         squares: squared Frobenius norms of the change [..., S], S at least 2.
     """
-    squares = np.asarray(squares, dtype=np.float64)
+    squares = finite(squares, "squares")
+    if squares.min() < 0:
+        raise ValueError("squares holds a negative number")
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = squares / squares.sum(axis=-1, keepdims=True)
         entropy = -np.where(shares > 0, shares * np.log(shares), shares).sum(axis=-1)
@@ -91,11 +94,11 @@ def localisation(squares: ArrayLike) -> Localisation:
 
 
 def rank_among(value: float, null: ArrayLike) -> tuple[float, float]:
-    """Two-sided p-value of a value among K draws of the null, and the smallest that K draws can give.
+    """Two-sided p-value of a value among K draws of the null [K], and the smallest that K draws can give.
 
     Twice the smaller tail, (1 + #{null at least as extreme}) / (K + 1), at most 1 (Phipson & Smyth 2010).
     """
-    draws = np.asarray(null, dtype=np.float64)
+    draws = finite(null, "null", 1)
     tail = 1 + min(int((draws >= value).sum()), int((draws <= value).sum()))
     return min(1.0, 2 * tail / (len(draws) + 1)), min(1.0, 2 / (len(draws) + 1))
 

@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from audit.arrays import finite
 from audit.case import Case
 from audit.errors import BadInput
 from audit.evidence import Evidence
@@ -86,7 +87,9 @@ def detrended(values: ArrayLike, neighbours: int = NEIGHBOURS) -> FloatArray:
     Returns:
         Of the same shape.
     """
-    values = np.asarray(values, dtype=np.float64)
+    values = finite(values, "values")
+    if values.ndim > 2 or len(values) < 3:
+        raise ValueError(f"values must have shape [L] or [L, F], L at least 3, got {values.shape}")
     left = np.empty_like(values)
     for block in range(len(values)):
         distance = np.arange(len(values)) - block
@@ -108,7 +111,7 @@ def robust_scale(errors: ArrayLike, weights: ArrayLike | None = None) -> FloatAr
     Returns:
         [b, ...], or [...] without weights.
     """
-    size = np.abs(np.asarray(errors, dtype=np.float64))
+    size = np.abs(finite(errors, "errors"))
     counts = np.ones((1, len(size))) if weights is None else np.asarray(weights, dtype=np.float64)
     flat = size.reshape(len(size), -1)
     order = np.argsort(flat, axis=0)

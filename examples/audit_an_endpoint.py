@@ -62,11 +62,11 @@ def served(model, tokenizer):
         def log_message(self, *_):
             """Quietly."""
 
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             """The models there are."""
             self.answer(200, {"object": "list", "data": [{"id": NAME, "object": "model", "max_model_len": 64}]})
 
-        def do_POST(self):  # noqa: N802
+        def do_POST(self):
             """Completions; no chat."""
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path != "/v1/completions":

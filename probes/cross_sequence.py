@@ -48,7 +48,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.validation import check_is_fitted
 
+from audit.arrays import alike, finite
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.controls import FEWEST_CLUSTERS, bag_of_words_control
@@ -97,18 +100,24 @@ TRANSFER = Statistic(
 
 def inner_products(states: ArrayLike, others: ArrayLike, width: float | None = None) -> Floats:
     """Linear kernel of states [n, d] with others [m, d], [n, m]; or exp(-|x - y|^2 / width), a Gaussian one."""
-    x, z = np.asarray(states, dtype=np.float64), np.asarray(others, dtype=np.float64)
+    x, z = finite(states, "states", 2), finite(others, "others", 2)
+    if x.shape[1] != z.shape[1]:
+        raise ValueError(f"others has width {z.shape[1]}, states {x.shape[1]}")
     return np.asarray(x @ z.T if width is None else np.exp(-_distances(x, z) / width))
 
 
-class CrossSequenceProbe:
-    """The probe as an estimator: ridge regression on labels of +1 and -1; the linear one's direction is Fisher's.
+class CrossSequenceProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """The probe as a scikit-learn classifier: ridge regression on labels of +1 and -1.
+
+    The linear one's direction is Fisher's. It can be cloned, put into a pipeline and cross-validated; nothing in it is
+    random.
 
     Args:
         ridge: penalty, as in scikit-learn's `Ridge(alpha)` and `KernelRidge(alpha)`; positive.
         width: of a Gaussian kernel; linear without.
 
     Attributes:
+        classes_: false (never seen) and true (memorized).
         coef_: direction of larger scores, [d]; of a linear probe only.
     """
 
@@ -116,8 +125,14 @@ class CrossSequenceProbe:
         self.ridge, self.width = ridge, width
 
     def fit(self, states: ArrayLike, labels: ArrayLike) -> CrossSequenceProbe:
-        """Fit on states [n, d], standardized on other rows, and labels [n], true for memorized."""
-        self._states, self._labels = np.asarray(states), np.asarray(labels, dtype=bool)
+        """Fit on states [n, d], standardized on other rows, and labels [n], true (or 1) for memorized.
+
+        Raises ValueError, naming the argument, for shapes that do not fit, NaN or other labels.
+        """
+        self._states, self._labels = finite(states, "states", 2), _checked(labels)
+        if self._labels.shape != self._states.shape[:1]:
+            raise ValueError(f"labels has shape {self._labels.shape}, but there are {len(self._states)} states")
+        self.classes_ = np.array([False, True])
         gram = inner_products(self._states, self._states, self.width)
         self._inverse = _inverse(gram, self.ridge)
         self._alpha = self._inverse @ _signs(self._labels)
@@ -128,7 +143,17 @@ class CrossSequenceProbe:
 
     def decision_function(self, states: ArrayLike) -> Floats:
         """How memorized states [n, d] look: [n], zero midway between classes that are equally many."""
+        check_is_fitted(self)
         return inner_products(states, self._states, self.width) @ self._alpha - self._mean
+
+    def predict(self, states: ArrayLike) -> Bools:
+        """Do states [n, d] look memorized? [n]"""
+        return self.decision_function(states) > 0
+
+    def predict_proba(self, states: ArrayLike) -> Floats:
+        """Chances [n, 2] of never seen and memorized: (1 + score) / 2 within [0, 1], as of labels of +1 and -1."""
+        memorized = np.clip((1 + self.decision_function(states)) / 2, 0, 1)
+        return np.stack([1 - memorized, memorized], axis=1)
 
     def score(self, states: ArrayLike, labels: ArrayLike) -> float:
         """Balanced accuracy on states [n, d]."""
@@ -139,7 +164,10 @@ class CrossSequenceProbe:
 
         `labels`: others than were fitted, [n], or many at once, [n, P]; the scores have their shape.
         """
-        y = _signs(self._labels if labels is None else np.asarray(labels, dtype=bool))
+        check_is_fitted(self)
+        y = _signs(self._labels if labels is None else _checked(labels))
+        if y.shape[:1] != self._labels.shape:
+            raise ValueError(f"labels has shape {y.shape}, but {len(self._labels)} rows were fitted")
         index = cluster_index(groups, len(y), "groups")
         alpha, total = self._inverse @ y, y.sum(axis=0)
         out = np.empty_like(y)
@@ -164,14 +192,20 @@ def loo_scores(
 
 
 def balanced_accuracy(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Mean of the shares of positives above and of negatives not above zero; 0.5 is chance, 0 a flipped sign."""
-    above, positive = np.asarray(scores) > 0, np.asarray(labels, dtype=bool)
+    """Mean of the shares of positives above and of negatives not above zero; 0.5 is chance, 0 a flipped sign.
+
+    `scores` [n], `labels` [n]: true for positives.
+    """
+    above, positive = finite(scores, "scores", 1) > 0, _checked(labels)
+    alike(above, positive, "scores", "labels")
     return float((above[positive].mean() + (~above[~positive]).mean()) / 2)
 
 
 def project_out(states: ArrayLike, direction: ArrayLike) -> Floats:
     """States [n, d] without their part along a direction [d]."""
-    x, along = np.asarray(states, dtype=np.float64), np.asarray(direction, dtype=np.float64)
+    x, along = finite(states, "states", 2), finite(direction, "direction", 1)
+    if len(along) != x.shape[1]:
+        raise ValueError(f"direction has {len(along)} entries, states width {x.shape[1]}")
     return np.asarray(x - np.outer(x @ along, along) / (along @ along))
 
 
@@ -180,13 +214,16 @@ def mean_width(states: ArrayLike) -> float:
 
     With the usual median, states far from all others have no neighbour that speaks for or against them.
     """
-    return float(2 * np.asarray(states, dtype=np.float64).var(axis=0, ddof=1).sum())
+    x = finite(states, "states", 2)
+    if len(x) < 2:
+        raise ValueError("states has one row: two have a distance")
+    return float(2 * x.var(axis=0, ddof=1).sum())
 
 
 def attackers(
     states: Floats, labels: Bools, groups: list[str], width: float, seed: int
 ) -> Iterator[tuple[str, float, float]]:
-    """What other probes find in standardized states, left out by group: name, AUC and balanced accuracy of each.
+    """What other probes find in standardized states [n, d], left out by group: name, AUC, balanced accuracy of each.
 
     Directions are removed one after the other, each a linear probe's on one half of the groups; probes fitted anew
     tell the labels apart in the other half. Halves are exchanged and the two figures averaged.
@@ -219,7 +256,7 @@ def _told(states: Floats, labels: Bools, groups: ArrayLike, width: float | None)
 
 def placed(scores: ArrayLike, among: ArrayLike) -> Floats:
     """Share of `among` [m] that each of `scores` [n] exceeds, ties half, [n]: their mean is the AUC."""
-    order, values = np.sort(among), np.asarray(scores)
+    order, values = np.sort(finite(among, "among", 1)), finite(scores, "scores", 1)
     return (np.searchsorted(order, values, "left") + np.searchsorted(order, values, "right")) / (2 * len(order))
 
 
@@ -260,6 +297,14 @@ def randomize(model: Any, seed: int) -> None:
 def _distances(x: Floats, z: Floats) -> Floats:
     """Squared distances, [n, m]."""
     return np.asarray(np.maximum((x**2).sum(axis=1)[:, None] + (z**2).sum(axis=1) - 2 * x @ z.T, 0))
+
+
+def _checked(labels: ArrayLike) -> Bools:
+    """Labels as booleans; a word would be true, whatever it says."""
+    array = np.asarray(labels)
+    if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
+        raise ValueError("labels must be true or false, or 1 or 0")
+    return array.astype(np.bool_)
 
 
 def _signs(labels: Bools) -> Floats:

@@ -48,6 +48,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from audit import asking
+from audit.arrays import alike, finite
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
@@ -132,15 +133,20 @@ def beyond(values: ArrayLike, band: ArrayLike | None = None) -> Bools:
     def limit(rows: Floats) -> Floats:
         return np.asarray(np.quantile(rows, BAND, axis=0, method="higher"))
 
-    x = np.asarray(values, dtype=np.float64)
+    x = finite(values, "values")
     if band is not None:
-        return np.asarray(x > limit(np.asarray(band, dtype=np.float64)))
+        return np.asarray(x > limit(finite(band, "band", x.ndim)))
+    if len(x) < 2:
+        raise ValueError("values has one row, and there is no band")
     return np.array([row > limit(np.delete(x, i, axis=0)) for i, row in enumerate(x)])
 
 
 def quadrants(speaks: ArrayLike, traced: ArrayLike) -> dict[str, float]:
     """Shares of entities in each quadrant, from two boolean arrays [n]."""
     outside, inside = np.asarray(speaks, dtype=bool), np.asarray(traced, dtype=bool)
+    alike(outside, inside, "speaks", "traced")
+    if not outside.size:
+        raise ValueError("speaks is empty")
     return {
         "retained": float((outside & inside).mean()),
         "obfuscation": float((~outside & inside).mean()),

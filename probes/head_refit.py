@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from audit.arrays import finite
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.evidence import Evidence
@@ -96,8 +97,8 @@ def refit(train: ArrayLike, labels: ArrayLike, test: ArrayLike, *, ridge: float 
 
     Least squares on one-hot labels, with an offset. Raises `ValueError` where shapes do not fit.
     """
-    a, b, codes = np.asarray(train, np.float64), np.asarray(test, np.float64), np.asarray(labels)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or len(codes) != len(a):
+    a, b, codes = finite(train, "train", 2), finite(test, "test", 2), np.asarray(labels)
+    if a.shape[1] != b.shape[1] or len(codes) != len(a):
         raise ValueError(f"train {a.shape}, labels {codes.shape} and test {b.shape} do not fit each other")
     middle = a.mean(axis=0)
     a, b = a - middle, b - middle

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from audit.arrays import alike
 from audit.case import Case
 from audit.contrast import Statistic
 from audit.evidence import Evidence
@@ -127,6 +128,9 @@ class _DecisionView(View):
 
 def balanced(labels: NDArray[np.intp], fitted: NDArray[np.bool_], seed: int) -> NDArray[np.intp]:
     """As many of the rows `fitted` [n] of every class in `labels` [n] as the smallest class has; sorted indices."""
+    alike(np.asarray(labels), np.asarray(fitted), "labels", "fitted")
+    if not np.any(fitted):
+        raise ValueError("fitted names no row")
     rng = np.random.default_rng(seed)
     rows = [np.flatnonzero(fitted & (labels == label)) for label in np.unique(labels[fitted])]
     size = min(map(len, rows))

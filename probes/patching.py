@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from audit.arrays import alike, finite
 from audit.case import Case
 from audit.contrast import Statistic, against_never_taught
 from audit.errors import BadInput
@@ -81,11 +82,10 @@ def unlearning_depth(retrained: ArrayLike, target: ArrayLike, threshold: float =
         target: the same with the target's.
         threshold: the Δ of the retrained model above which a layer encodes what was to be forgotten.
 
-    NaN where no layer does. Raises ValueError where the shapes differ.
+    NaN where no layer does. Raises ValueError, naming the argument, where the shapes differ or a number is not finite.
     """
-    one, two = np.asarray(retrained, dtype=float), np.asarray(target, dtype=float)
-    if one.shape != two.shape or one.ndim != 2:
-        raise ValueError(f"two arrays [rows, layers] needed, got {one.shape} and {two.shape}")
+    one, two = finite(retrained, "retrained", 2), finite(target, "target", 2)
+    alike(one, two, "retrained", "target")
     lost = np.where(one > threshold, one, 0.0)
     total = lost.sum(axis=1)
     kept = np.clip(two, 0.0, lost).sum(axis=1)  # lost · clip(two / lost, 0, 1)

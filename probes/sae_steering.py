@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from audit.arrays import finite
 from audit.controls import grouped_folds
 from audit.evidence import Arrays
 from audit.plan import Patched, Request, merge
@@ -68,6 +69,8 @@ def expert_features(inside: torch.Tensor, outside: torch.Tensor, most: int) -> t
 
     The most selective first; none that is not selective.
     """
+    if not len(inside) or not len(outside):
+        raise ValueError(f"inside holds {len(inside)} codes, outside {len(outside)}: at least one of each is needed")
     selectivity = inside.mean(dim=0) - outside.mean(dim=0)
     order = selectivity.argsort(descending=True, stable=True)[:most]
     return order[selectivity[order] > 0]
@@ -111,7 +114,9 @@ def restoration_rate(restored: ArrayLike, target: ArrayLike, reference: ArrayLik
 
     Accuracies, of any one shape; NaN where the target lacks nothing.
     """
-    came, before, wanted = (np.asarray(values, dtype=float) for values in (restored, target, reference))
+    came, before, wanted = (
+        finite(values, name) for values, name in ((restored, "restored"), (target, "target"), (reference, "reference"))
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(np.where(wanted > before, np.clip((came - before) / (wanted - before), 0, 1), np.nan))
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from audit.arrays import finite
 from audit.statistics import FloatArray, principal_axes
 
 __all__ = [
@@ -148,10 +149,8 @@ def agreement(logit_gaps: ArrayLike, representation_gaps: ArrayLike) -> Agreemen
 
     AGL and AGR are the products of 1 - |gap| over the metrics of either side. Reconstructed: see the module.
     """
-    a, b = (
-        (1 - np.minimum(np.abs(np.asarray(gaps, dtype=np.float64)), 1)).prod(axis=-1)
-        for gaps in (logit_gaps, representation_gaps)
-    )
+    gaps = finite(logit_gaps, "logit_gaps"), finite(representation_gaps, "representation_gaps")
+    a, b = ((1 - np.minimum(np.abs(each), 1)).prod(axis=-1) for each in gaps)
     harmonic = np.divide(2 * a * b, a + b, out=np.zeros(np.shape(a + b)), where=a + b > 0)
     return Agreement(np.asarray(a), np.asarray(b), harmonic)
 
