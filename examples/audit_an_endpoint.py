@@ -45,9 +45,8 @@ def complete(model, tokenizer, asked):
         for token, at in zip(prompt[1:], logprobs, strict=False):
             named = {*at.topk(count).indices.tolist(), token}
             ranks = {i: int((at > at[i]).sum()) + 1 for i in named}
-            told.append({
-                str(i): {"logprob": float(at[i]), "rank": ranks[i], "decoded_token": tokenizer.decode([i])} for i in named
-            })  # fmt: skip
+            words = {i: tokenizer.decode([i]) for i in named}
+            told.append({str(i): {"logprob": float(at[i]), "rank": ranks[i], "decoded_token": words[i]} for i in named})
         choice["prompt_logprobs"] = told
     usage = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens) - len(prompt)}
     return {"id": "1", "model": NAME, "choices": [choice], "usage": usage}
