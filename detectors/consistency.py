@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
+__all__ = ["Consistency", "exact_p", "excess"]
+
 _SOURCE = "this project, 2026; neighbourhoods: REMIND, arXiv 2511.04228"
 _CELLS = 20
 _ROWS = {"quick": 60, "standard": 120, "thorough": 240}
@@ -84,7 +86,9 @@ def excess(drawn: ArrayLike, stated: ArrayLike) -> Floats:
     """
     x, q = np.asarray(drawn), np.asarray(stated, dtype=np.float64)
     if x.ndim != 2 or q.ndim != 2 or len(x) != len(q) or x.shape[1] < 2:
-        raise ValueError(f"draws [rows, k >= 2] and probabilities [rows, cells] needed, got {x.shape} and {q.shape}")
+        raise ValueError(f"drawn [rows, k >= 2] and stated [rows, cells] needed, got {x.shape} and {q.shape}")
+    if not np.isfinite(q).all() or (q < 0).any():
+        raise ValueError("stated holds what is no probability")
     if x.size and not (x.min() >= 0 and x.max() < q.shape[1]):
         raise ValueError(f"drawn holds a cell outside 0..{q.shape[1] - 1}")
     k = x.shape[1]
@@ -100,7 +104,16 @@ def _excess(counts: Floats, q: Floats, k: int) -> Floats:
 
 
 def exact_p(drawn: ArrayLike, stated: ArrayLike, *, seed: int, draws: int = PERMUTATIONS) -> float:
-    """P(mean excess at least as large as this), where every row is drawn as stated: by drawing it so many times."""
+    """P(mean excess at least as large as this), where every row is drawn as stated: by drawing it so many times.
+
+    Args:
+        drawn: [rows, k] which cell each draw fell into, from 0; k at least 2.
+        stated: [rows, cells] probability of each cell, summing to 1.
+        seed: of the simulated draws.
+        draws: how many; the result lies in [1 / (1 + draws), 1].
+
+    Raises ValueError as `excess` does.
+    """
     x, q = np.asarray(drawn), np.asarray(stated, dtype=np.float64)
     observed, k = excess(x, q).mean(), x.shape[1]
     rng = np.random.default_rng(seed)
@@ -313,4 +326,4 @@ def _compared(case: Case) -> list[str]:
 
 def _has_neighbourhoods(case: Case) -> bool:
     """Is there what REMIND reads? Asked of the case alone: whether REMIND itself was chosen does not matter."""
-    return case.options.access >= Remind.access and all(name in case.sets for name in Remind.sets)
+    return Remind().missing(case) is None

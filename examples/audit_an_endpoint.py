@@ -92,7 +92,7 @@ def served(model, tokenizer):
 # %% The same audit of two models, with and without the tokenizer. Where the folder would stand, there is an endpoint.
 
 sets = {name: SetSpec(here.set(name)) for name in ("forget", "retain", "holdout")}
-options = Options(budget=Budget.QUICK, template="plain", only=("knowledge", "memorization", "membership"))
+options = Options(budget=Budget.QUICK, template="plain", only=("knowledge", "membership"))
 audits = {}
 for role in ("original", "unlearned"):
     with served(*here.opened(role)) as url:

@@ -206,7 +206,9 @@ def mark(codes: torch.Tensor, labels: torch.Tensor, in_a: NDArray[np.bool_], mos
     for label, side, part in product(means, (True, False), (0, 1)):
         elsewhere = torch.stack([mean[part] for other, mean in means.items() if other != label])
         here = labels == label
-        experts = expert_features(codes[here & (half != side), part], elsewhere, most)
+        if not len(chosen_on := codes[here & (half != side), part]):
+            continue  # nothing to choose on: nothing is marked
+        experts = expert_features(chosen_on, elsewhere, most)
         use = (here & (half == side)).nonzero()
         marks.experts[use, part, experts] = True
         marks.others[use, part, matched_features(codes[:, part], experts, seed)] = True

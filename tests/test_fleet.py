@@ -27,7 +27,7 @@ from scipy.stats import median_abs_deviation
 from worlds import REPO, audit_here, environment, quiet_scan
 
 from audit.case import Case, Options, read_case
-from audit.errors import BadInput
+from audit.errors import AuditError, BadInput
 from audit.evidence import Store, claimed, context_of
 from audit.fleet.file import Fleet as Asked
 from audit.fleet.file import Job, read_fleet
@@ -421,7 +421,7 @@ def test_the_record_is_written_last(tmp_path, monkeypatch):
     shelf = Shelf(str(tmp_path))
     shelf.put("x", {"record.json": sample().to_json().encode()})
     (tmp_path / "x/zebra").mkdir()  # so that the file of this name cannot be written
-    with pytest.raises(BadInput, match="zebra cannot be written"):
+    with pytest.raises(AuditError, match="zebra: cannot be written"):
         shelf.put("x", {"record.json": b"{}", "zebra": b""})
     assert shelf.get("x") is None, "neither the old record beside new files, nor the new one"
 

@@ -30,7 +30,7 @@ def test_the_majority_of_a_class_by_hand():
     classes = ["bird", "bird", "bird", "cat", "cat", "cow"]
     assert majority(classes, ["sea", "land", "sea", "sea", "land", "land"]) == {"bird": "sea", "cow": "land"}
     assert majority([], []) == {}
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="groups holds"):
         majority(["bird"], [])
 
 
