@@ -371,8 +371,8 @@ def test_clocks_that_jump_change_nothing(tmp_path, monkeypatch):
 
 
 def test_nothing_is_decided_by_the_wall_clock():
-    """It is asked for what a record or signature says of when it was made, whether a certificate holds, and until when a
-    server asks one to wait."""
+    """It is asked for what a record or signature says of when it was made, and whether a certificate holds; and until
+    when a server asks one to wait."""
     allowed = {"audit/endpoint/client.py", "audit/scan.py", "reports/attestation.py", "reports/signing.py"}
     asking = set()
     for path in (REPO / "cli.py", *(p for part in PARTS for p in (REPO / part).rglob("*.py"))):

@@ -111,6 +111,18 @@ def test_states_that_turned_have_moved_and_those_that_grew_are_longer():
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6))
+def test_rounding_of_other_batches_is_no_movement_and_a_small_edit_is(seed):
+    rng = np.random.default_rng(seed)
+    states = {name: rng.normal(size=(30, 2, 16)) for name in ("retain", "holdout")}
+    edited = {name: a + np.array([0.0, 0.3])[:, None] * rng.normal(size=a.shape) for name, a in states.items()}
+    in_other_batches = {name: b * (1 + 1e-7 * rng.normal(size=b.shape)) for name, b in edited.items()}
+    assert state_features(in_other_batches, states) == pytest.approx(state_features(edited, states), abs=1e-5)
+    slightly = {name: a + 1e-4 * rng.normal(size=a.shape) for name, a in states.items()}
+    assert state_features(slightly, states)["retain.0.moved"] == pytest.approx(math.log(1e-4), abs=0.5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6))
 def test_neither_the_order_of_words_nor_of_prompts_matters(seed):
     rng = np.random.default_rng(seed)
     a, b = distributions(rng), distributions(rng)
