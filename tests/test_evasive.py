@@ -105,7 +105,7 @@ def test_the_test_keeps_its_level_and_sees_another_distribution():
 
 @pytest.mark.parametrize("drawn", [[[0]], [0, 1], [[0, 2]], [[0, -1]], [[0, 1], [0, 1]]])
 def test_what_was_not_drawn_from_there(drawn):
-    with pytest.raises(ValueError, match=r"draws|outside"):
+    with pytest.raises(ValueError, match=r"drawn"):
         excess(drawn, [[0.5, 0.5]])
 
 

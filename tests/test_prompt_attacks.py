@@ -335,7 +335,7 @@ def test_pathways_forget_what_all_states_share():
     np.testing.assert_allclose(pathway(a, -a), -1.0)
     assert not pathway(a, np.ones_like(a)).any()
     for bad in (a[:1], a[:, :, 0], a[:, :2]):
-        with pytest.raises(ValueError, match=r"has one row|has shape|states"):
+        with pytest.raises(ValueError, match=r"has one row|has shape|must have|states"):
             pathway(bad, bad if bad.shape[1] == 3 else a)
 
 
