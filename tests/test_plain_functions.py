@@ -124,6 +124,10 @@ CALLS: dict[str, Calls] = {
         "movement": lambda m: m.movement(P, P[::-1]),
         "suspicion": lambda m: m.suspicion(np.arange(12) / 12, GROUPS),
     },
+    "consistency": {
+        "excess": lambda m: m.excess([[0, 0], [1, 2]], [P, P]),
+        "exact_p": lambda m: m.exact_p([[0, 0], [1, 2]], [P, P], seed=0, draws=20),
+    },
     "trace": {"predictive_p": lambda m: m.predictive_p(4.0, [0.0, 1.0, 2.0])},
     "spectral": {
         "leading_directions": lambda m: m.leading_directions(X, 2),
@@ -282,6 +286,10 @@ BAD: dict[str, Refusals] = {
     "forgotten": [
         ("movement", lambda m: m.movement(P, P[:2]), "target"),
         ("suspicion", lambda m: m.suspicion([0.1, NAN], ["a", "b"]), "movements"),
+    ],
+    "consistency": [
+        ("excess", lambda m: m.excess([[0, 3]], [P]), "drawn"),
+        ("exact_p", lambda m: m.exact_p([[0]], [P], seed=0), "draws"),
     ],
     "spectral": [
         ("projections", lambda m: m.projections(X, np.ones((1, 3))), "directions"),
