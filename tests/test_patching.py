@@ -201,7 +201,7 @@ def test_a_killed_run_resumes_and_nothing_is_served_wrongly(tiny, other, open_ta
 
     whole = Store(tmp_path / "whole", {"model": reader.digest})
     run(whole)
-    real, passes = Engine.run, 0
+    real, passes = Engine.run_whole, 0
 
     def dies(engine, batch):
         nonlocal passes
@@ -211,7 +211,7 @@ def test_a_killed_run_resumes_and_nothing_is_served_wrongly(tiny, other, open_ta
         return real(engine, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Engine, "run", dies)
+        patched.setattr(Engine, "run_whole", dies)
         with pytest.raises(KeyboardInterrupt):
             run(Store(tmp_path / "killed", {"model": reader.digest}))
     store = Store(tmp_path / "killed", {"model": reader.digest})
@@ -430,8 +430,8 @@ def test_what_cannot_be_answered_is_said_once(registered, tmp_path):
 
 def test_the_original_is_read_last(registered, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr("audit.scan._capture", lambda run, target, *_: read.append(target.role))
-    monkeypatch.setattr("audit.scan._attack", lambda *_: None)
+    monkeypatch.setattr("audit.gather.capture_one", lambda run, target, *_: read.append(target.role))
+    monkeypatch.setattr("audit.gather.visit", lambda *_: None)
     monkeypatch.setattr("audit.scan._measure_all", lambda *_: ([], []))
     record = scanned("unlearned", tmp_path / "out")
     assert read == ["target", "retrained", "original"]

@@ -170,10 +170,6 @@ CALLS: dict[str, Calls] = {
         "read_off": lambda m: m.read_off(CODES, torch.tensor([1, 1, 0, 2])),
         "beats": lambda m: m.beats(CODES, torch.tensor([1, 1, 0, 2]), [(0,), (2,), (1, 2), ()]),
     },
-    "consistency": {
-        "excess": lambda m: m.excess([[0, 1], [1, 1]], [[0.5, 0.5], [0.2, 0.8]]),
-        "exact_p": lambda m: m.exact_p([[0, 1], [1, 1]], [[0.5, 0.5], [0.2, 0.8]], seed=0, draws=99),
-    },
     "dual": {
         "extraction_likelihood": lambda m: m.extraction_likelihood([True, True, False, True], 2),
         "quadrants": lambda m: m.quadrants([True, False], [True, True]),
@@ -289,7 +285,8 @@ BAD: dict[str, Refusals] = {
     ],
     "consistency": [
         ("excess", lambda m: m.excess([[0, 3]], [P]), "drawn"),
-        ("exact_p", lambda m: m.exact_p([[0]], [P], seed=0), "draws"),
+        ("excess", lambda m: m.excess([[0, 1]], [[NAN, 0.5]]), "stated"),
+        ("exact_p", lambda m: m.exact_p([[0]], [P], seed=0), "drawn"),
     ],
     "spectral": [
         ("projections", lambda m: m.projections(X, np.ones((1, 3))), "directions"),
@@ -330,11 +327,6 @@ BAD: dict[str, Refusals] = {
         ("CrossSequenceProbe", lambda m: m.CrossSequenceProbe().predict(X), "not fitted"),
         ("loo_scores", lambda m: m.loo_scores(X, LABELS, ["one"] * 12, 1.0), "groups"),
         ("project_out", lambda m: m.project_out(X, [1.0]), "direction"),
-    ],
-    "consistency": [
-        ("excess", lambda m: m.excess([[0, 2]], [[0.5, 0.5]]), "drawn"),
-        ("excess", lambda m: m.excess([[0, 1]], [[NAN, 0.5]]), "stated"),
-        ("exact_p", lambda m: m.exact_p([[0]], [[0.5, 0.5]], seed=0), "drawn"),
     ],
     "dual": [
         ("extraction_likelihood", lambda m: m.extraction_likelihood([]), "match"),

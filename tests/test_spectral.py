@@ -21,11 +21,12 @@ from worlds import REPO, environment
 from audit.case import Budget, Case, Options
 from audit.errors import BadInput
 from audit.evidence import Evidence
+from audit.gather import Run, capture_all
 from audit.inventory import take_inventory
 from audit.loaders import Example, ExampleSet
 from audit.progress import SILENT
 from audit.record import Finding, Outcome
-from audit.scan import _capture_all, _Run, take_inventories
+from audit.scan import take_inventories
 from audit.target import Target
 from audit.verdict import judge
 from detectors.spectral import (
@@ -354,8 +355,8 @@ def two_tiny_models(folder: Path, original: Path) -> Case:
 
 def test_from_model_to_finding(tiny, tmp_path, one_thread):
     case = two_tiny_models(tmp_path / "changed", tiny("llama"))
-    run = _Run(case, tmp_path / "evidence", SILENT, [Spectral(), Trace()], [])
-    evidence = _capture_all(run, take_inventories(case))
+    run = Run(case, tmp_path / "evidence", SILENT, [Spectral(), Trace()], [])
+    evidence = capture_all(run, take_inventories(case))
     assert not run.not_run
     nulls = [f"original+null@{k}" for k in range(1, 5)]
     assert set(evidence.roles) == {"target", "original", *nulls}
