@@ -51,7 +51,7 @@ def _found(row: Row, question: Question) -> str:
     decide = dict.fromkeys(f.instrument for f in left if f.decides[0 if f.side == f.sides[0] else 1])
     hint = dict.fromkeys(f.instrument for f in left if f.instrument not in decide)
     said = [*decide, *(f"({name})" for name in hint)]
-    return ", ".join(said) or ("nothing" if group else "–")
+    return ", ".join(said) or ("no evidence" if group else "–")
 
 
 def _measured(row: Row, identity: str) -> str:
