@@ -27,6 +27,8 @@ def scan(work: str, out: str, budget: str) -> dict[str, Any]:
     clock.watch(importlib, "import_module", "imports")
     import audit.capture
     import audit.evidence
+    import audit.gather
+    import audit.passes
     import audit.plan
     import audit.scan
     from benchmarks.materials import demo_case
@@ -35,9 +37,9 @@ def scan(work: str, out: str, budget: str) -> dict[str, Any]:
     for owner, attribute, name in (
         (audit.plan, "merge", "planning"),
         (audit.capture.Engine, "batches", "planning"),
-        (audit.capture.Engine, "_prepare", "self-checks"),
-        (audit.scan, "_noise", "self-checks"),
-        (audit.capture.Engine, "_run", "body"),
+        (audit.passes.TextPass, "prepare", "self-checks"),
+        (audit.gather, "_noise", "self-checks"),
+        (audit.passes.TextPass, "run", "body"),
         (audit.capture.Engine, "_reduce", "head and quantities"),
         (audit.capture.Engine, "generate", "answers"),
         (audit.evidence.Store, "__init__", "store"),
@@ -45,8 +47,8 @@ def scan(work: str, out: str, budget: str) -> dict[str, Any]:
         (audit.evidence.Store, "write_continuations", "store"),
         (audit.evidence.Store, "read", "store"),
         (audit.evidence.Store, "read_continuation", "store"),
-        (audit.scan, "_run_scores", "store"),
-        (audit.scan, "_attack", "store"),
+        (audit.gather, "_run_scores", "store"),
+        (audit.gather, "visit", "store"),
         (audit.scan, "take_inventories", "inventory"),
         (audit.scan, "judge", "statistics"),
     ):
