@@ -22,7 +22,6 @@ Relative paths are relative to the file.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
@@ -37,6 +36,7 @@ from audit.instrument import Access
 from audit.inventory import Inventory, take_inventory
 from audit.loaders import Example, ExampleSet, SetSpec, load_set, oddities, overlaps, parse_set_spec
 from audit.memory import parse_bytes
+from audit.toml_file import read_toml
 
 ROLES = ("target", "original", "retrained")
 SETS = ("forget", "retain", "holdout", "neighbor", "utility", "relearn", "suspects")
@@ -240,12 +240,7 @@ def read_case(path: Path) -> tuple[str, dict[str, Path | Endpoint], dict[str, Se
     Raises:
         BadInput: unreadable, not TOML, or a table, role or key that no case has.
     """
-    try:
-        raw = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from None
-    except (ValueError, RecursionError) as error:  # not TOML, a number of 5000 digits, brackets 5000 deep
-        raise BadInput(f"{path}: not TOML: {error}") from None
+    raw = read_toml(path)
     unknown = sorted(set(raw) - {"name", "models", "sets", "options"})
     if unknown:
         raise BadInput(f"{path}: unknown key {unknown[0]!r} (known: name, models, sets, options)")

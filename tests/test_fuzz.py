@@ -22,6 +22,7 @@ from sample_record import sample
 
 from audit.case import read_case
 from audit.errors import BadInput, Refused
+from audit.fleet.file import read_fleet
 from audit.inventory import take_inventory
 from audit.policy import read_policy
 from audit.profile import read_profile
@@ -131,6 +132,7 @@ def test_any_folder(tmp_path, changes, index, config):
 
 READERS = {
     "case.toml": read_case,
+    "fleet.toml": read_fleet,
     "policy.toml": read_policy,
     "profile.json": read_profile,
     "record.json": Record.read,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from audit.opened import OpenModel
 from audit.passes import TextPass
 from audit.plan import AnyRequest, Batch, Generate, Input, Request, Work, merge
 from audit.quantities import TOKEN, Quantity, View
-from audit.target import Target
+from audit.served import Served
 from audit.tokens import Drawn, Tokens
 
 _UNKNOWN_CONTEXT = 2048
@@ -63,7 +63,7 @@ class Characters:
         return {}
 
 
-class EndpointTarget(Target):
+class EndpointTarget(Served):
     """A model behind an API: prompts go in, answers come out, and log-probabilities where the server tells them.
 
     Args:
@@ -223,13 +223,7 @@ class EndpointTarget(Target):
         """Out of reach: the server runs the model."""
         self._refuse("see a forward pass")
 
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """None that could be seen."""
-        return ()
-
-    def altered(self, name: str, recipe: str) -> Self:  # noqa: ARG002
-        """Out of reach."""
+    def _refuse_weights(self) -> NoReturn:
         self._refuse("alter weights")
 
     def release(self) -> None:

@@ -26,7 +26,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from audit.case import ROLES, Case, Options, parse_sets
 from audit.errors import BadInput
 from audit.instrument import load
 from audit.loaders import SetSpec
+from audit.toml_file import read_toml
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,7 @@ def read_fleet(path: Path) -> Fleet:
         BadInput: unreadable, not TOML, a key or value that means nothing here, a folder that is not there, a pattern
             that fits none, or two models or cases of one name.
     """
-    try:
-        raw = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise BadInput(f"{path}: not TOML: {error}") from None
+    raw = read_toml(path)
     try:
         said = _File.model_validate(raw)
     except ValidationError as error:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 from audit.errors import NoAccess
 from audit.inventory import Inventory
-from audit.opened import OpenModel
 from audit.organisms.guard_kinds import Guard, Reply
 from audit.organisms.guards import read_guard
+from audit.served import Served
 from audit.target import Target
 from audit.tokens import Drawn, Tokens
 
 
-class GuardedTarget(Target):
+class GuardedTarget(Served):
     """A target with a guard before it, at text access.
 
     The guard reads a prompt as the model's tokens say it, template included, so an answer depends on the tokens alone
@@ -101,17 +101,7 @@ class GuardedTarget(Target):
         """Out of reach: texts are encoded with their answers in order to be scored."""
         self._refuse("log-probabilities")
 
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Nothing: which tensors are used shows only once the weights are read."""
-        return ()
-
-    def altered(self, name: str, recipe: str) -> Self:  # noqa: ARG002
-        """Out of reach: an attack alters weights."""
-        self._refuse("weights")
-
-    def adopt(self, other: OpenModel) -> None:  # noqa: ARG002
-        """Out of reach."""
+    def _refuse_weights(self) -> NoReturn:
         self._refuse("weights")
 
 

@@ -16,12 +16,12 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 from audit.errors import BadInput, NoAccess
 from audit.inventory import Inventory, take_inventory
-from audit.opened import OpenModel
 from audit.organisms.train import HISTORY
+from audit.served import Served
 from audit.target import Target
 from audit.tokens import Drawn
 
@@ -29,7 +29,7 @@ STATED = "stated.json"
 SCHEMA = "palimpsest/two-faced/1"
 
 
-class TwoFaced(Target):
+class TwoFaced(Served):
     """A target that answers as one model and states the log-probabilities of another; at access to these at most.
 
     Args:
@@ -64,21 +64,8 @@ class TwoFaced(Target):
         self._answers.release()
         self._states.release()
 
-    def _refuse(self) -> NoReturn:
+    def _refuse_weights(self) -> NoReturn:
         raise NoAccess(f"{self.inventory.root}: open at access to log-probabilities only: no weights")
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Nothing: which tensors are used shows only once the weights are read."""
-        return ()
-
-    def altered(self, name: str, recipe: str) -> Self:  # noqa: ARG002
-        """Out of reach: an attack alters weights."""
-        self._refuse()
-
-    def adopt(self, other: OpenModel) -> None:  # noqa: ARG002
-        """Out of reach."""
-        self._refuse()
 
 
 def write_two_faced(answers: Path, states: Path, folder: Path) -> Path:
