@@ -74,7 +74,7 @@ class Graft(Altering):
 
     def alterations(self, case: Case, target: OpenModel) -> list[Alteration]:
         """The head alone; the last block; the last quarter of the blocks. Of fewer than four blocks none."""
-        digest = case.inventory("original").digest
+        digest = case.inventoried("original").digest
         quarter = target.layers // 4
         counts = sorted({0, min(1, quarter), quarter})
         words = {0: "head", 1: "last block"}
@@ -86,6 +86,6 @@ class Graft(Altering):
 
 def _upper(target: OpenModel, case: Case, count: int) -> None:
     """The original's head, its norm, and that many of its last blocks in place of the target's."""
-    donor = target.beside("original", case.inventory("original"))
+    donor = target.beside("original", case.inventoried("original"))
     paths = target.blocks
     graft(target.model, donor.model, paths[-count] if count else paths[-1], after=not count)

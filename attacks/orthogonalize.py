@@ -106,7 +106,7 @@ class Orthogonalize(Altering):
         blocks = sorted({max(0, round(target.layers * part) - 1) for part in (0.25, 0.5, 0.75)} | {target.layers - 2})
         if case.options.budget.value == "quick":
             blocks = blocks[-2:]
-        original, options = case.inventory("original").digest, case.options
+        original, options = case.inventoried("original").digest, case.options
         rows = f"{case.sets['forget'].digest}/{options.budget.value}/{options.seed}/{target.template}"
         return [
             Alteration(f"block {block}", partial(_apply, case=case, block=block), f"{block}/{original}/{rows}")
@@ -127,7 +127,7 @@ def _used(case: Case) -> Bools:
 def _apply(target: OpenModel, case: Case, block: int) -> None:
     import torch
 
-    original = target.beside("original", case.inventory("original"))
+    original = target.beside("original", case.inventoried("original"))
     change = mean_state(target, case, block) - mean_state(original, case, block)
     length = float(np.linalg.norm(change))
     if length > 0:

@@ -67,9 +67,9 @@ class TaskVector(Altering):
     def alterations(self, case: Case, target: OpenModel) -> list[Alteration]:  # noqa: ARG002
         """A quarter beyond, a quarter back, half back."""
         parts = (0.25,) if case.options.budget.value == "quick" else (-0.25, 0.25, 0.5)
-        digest = case.inventory("original").digest
+        digest = case.inventoried("original").digest
         return [Alteration(f"{t:+g}", partial(_apply, case=case, part=t), f"{t}/{digest}") for t in parts]
 
 
 def _apply(target: OpenModel, case: Case, part: float) -> None:
-    walk_back(target.model, target.beside("original", case.inventory("original")).model, part)
+    walk_back(target.model, target.beside("original", case.inventoried("original")).model, part)

@@ -143,10 +143,23 @@ class Case:
     sets: Mapping[str, ExampleSet]
     options: Options
     notes: tuple[str, ...] = field(default=())
+    _taken: dict[str, Inventory] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def inventory(self, role: str, progress: Callable[[int, int], None] | None = None) -> Inventory:
-        """What lies in a model's folder, by `take_inventory`, with the exceptions of this case."""
-        return take_inventory(self.folder(role), progress, self.options.allow)
+        """What lies in a model's folder now, by `take_inventory`, with the exceptions of this case."""
+        self._taken[role] = take_inventory(self.folder(role), progress, self.options.allow)
+        return self._taken[role]
+
+    def inventoried(self, role: str) -> Inventory:
+        """The inventory that was taken last, for what comes later in the same scan: hashing gigabytes takes seconds.
+
+        Raises:
+            Refused: the folder is not what was inventoried.
+        """
+        if role not in self._taken:
+            return self.inventory(role)
+        self._taken[role].refuse_changes()
+        return self._taken[role]
 
     def rows(self, name: str, limit: int | None = None) -> tuple[Example, ...]:
         """The rows of a set that the budget (or `limit`) allows: whole entities drawn by seed, in file order."""

@@ -18,7 +18,6 @@ import glob
 import hashlib
 import json
 import math
-import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from audit.errors import BadInput
 from audit.record import Finding, Label, Outcome, Question, Record, Side, write_atomically
+from audit.toml_file import read_toml
 
 RESULT = "policy.json"
 """Beside the record: how it fared against a policy."""
@@ -132,14 +132,9 @@ def read_policy(path: Path) -> Policy:
     """Read a policy file.
 
     Raises:
-        BadInput: no such file, not TOML, a key that means nothing here, or a policy that asks for nothing.
+        BadInput: unreadable, not TOML, a key that means nothing here, or a policy that asks for nothing.
     """
-    try:
-        raw = tomllib.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such policy") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: not readable TOML ({error})") from None
+    raw = read_toml(path)
     try:
         policy = Policy.model_validate(raw)
     except ValidationError as error:

@@ -89,6 +89,8 @@ def _servers(case: Case) -> list[tuple[str, int]]:
 def _seen(case: Case, inventories: Mapping[str, Inventory]) -> Case:
     """The case at the access that all its models give."""
     access = min(case.options.access, *(inventory.access for inventory in inventories.values()))
+    if access == case.options.access:
+        return case
     return replace(case, options=replace(case.options, access=access))
 
 

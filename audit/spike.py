@@ -134,7 +134,7 @@ def _control(
     if case.options.memory is not None:
         raise BadInput("trains copies of the model, and keeps to no bound on memory")
     with progress.step("spike: inventory of target", 1) as tick:
-        bench = _Bench.open(case, case.inventory("target"), root, settings)
+        bench = _Bench.open(case, case.inventoried("target"), root, settings)
         tick(1)
     copies = bench.build(progress)
     records: dict[str, Record] = {}

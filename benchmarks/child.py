@@ -180,7 +180,7 @@ def bounded(target: str, original: str, memory: str, work: str, out: str, small:
     from benchmarks.materials import demo_folder
 
     names = ("forget", "retain", "holdout", "utility")
-    rows = 4 if small else 24
+    rows = 4 if small else 12
     sets = {name: SetSpec(demo_folder(Path(work)) / "data" / f"{name}.jsonl", limit=rows) for name in names}
     options = {"budget": "quick", "template": "plain", "dtype": "bfloat16", "memory": memory}
     if small:

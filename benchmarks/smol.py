@@ -3,8 +3,12 @@
     python -m benchmarks.smol --base SMOLLM2 --tofu ../shared/data/tofu --out smol
 
 Writes `out/data/{forget,retain,holdout,utility}.jsonl` and `out/models/{original,npo,grad-diff,rmu,further,new-people}`
-for `audit scan`. Small enough for two cores: of every author the four shortest questions; ten authors are forgotten,
-fifteen retained, ten never taught. Everything is trained in full, in float32.
+for `audit scan`. Small enough for two cores: of every author the four shortest questions (or `--questions`); ten
+authors are forgotten, fifteen retained, ten never taught. Everything is trained in full, in float32.
+
+With `--forget10` all twenty authors of TOFU's forget10 are forgotten. Those never taught must then be of its retain
+set, of which twenty authors have wrong answers to choose from: eight are retained, twelve never taught. The methods
+take twice as many steps, which is as many passes over the forget set; the two ordinary edits are left out.
 """
 
 from __future__ import annotations
@@ -21,12 +25,11 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-_ROWS = 4
 _TAUGHT, _LR = 8, 5e-5
 _STEPS, _EDIT_LR, _RMU_LR = 20, 3e-5, 1e-3
 
 
-def rows_of(path: Path, authors: slice) -> list[dict[str, Any]]:
+def rows_of(path: Path, authors: slice, questions: int) -> list[dict[str, Any]]:
     """The shortest rows of some of a file's authors, each of whom has twenty."""
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     by_author: dict[int, list[dict[str, Any]]] = {}
@@ -35,7 +38,7 @@ def rows_of(path: Path, authors: slice) -> list[dict[str, Any]]:
     chosen = [by_author[author] for author in sorted(by_author)][authors]
     made = []
     for group in chosen:
-        made += sorted(group, key=lambda row: len(row["question"] + row["answer"]))[:_ROWS]
+        made += sorted(group, key=lambda row: len(row["question"] + row["answer"]))[:questions]
     return made
 
 
@@ -45,6 +48,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--tofu", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--forget10", action="store_true", help="forget all of its twenty authors, by NPO and RMU")
+    parser.add_argument("--questions", type=int, default=4, help="of every author, the shortest")
     given = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -57,13 +62,17 @@ def main() -> None:
 
     forgotten, kept = given.tofu / "forget10_perturbed.jsonl", given.tofu / "retain_perturbed.jsonl"
     utility = [json.loads(line) for line in (given.tofu / "real_authors_perturbed.jsonl").read_text().splitlines()]
-    sets = {
-        "forget": rows_of(forgotten, slice(0, 10)),
-        "retain": rows_of(kept, slice(0, 15)),
-        "holdout": rows_of(forgotten, slice(10, 20)),
-        "utility": utility[:40],
-    }
-    new = rows_of(kept, slice(15, 20))
+
+    def of(path: Path, first: int, end: int) -> list[dict[str, Any]]:
+        return rows_of(path, slice(first, end), given.questions)
+
+    # Wrong answers are at hand for forget10's twenty authors and for twenty of the retain set's.
+    if given.forget10:
+        steps_of_methods, parts = 2 * _STEPS, (of(forgotten, 0, 20), of(kept, 0, 8), of(kept, 8, 20))
+    else:
+        steps_of_methods, parts = _STEPS, (of(forgotten, 0, 10), of(kept, 0, 15), of(forgotten, 10, 20))
+    sets = {**dict(zip(("forget", "retain", "holdout"), parts, strict=True)), "utility": utility[:40]}
+    new = of(kept, 15, 20)
     (given.out / "data").mkdir(parents=True, exist_ok=True)
     for name, rows in sets.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -96,12 +105,16 @@ def main() -> None:
 
     steps = _TAUGHT * (len(forget) + len(retain)) // 16
     build("original", lambda b: benign_finetune(b, steps, rows=[*forget, *retain], lr=_LR, batch=16))
-    schedule = Schedule(lr=_EDIT_LR, batch=8, max_steps=_STEPS, check_every=_STEPS + 1, warmup=4)
+    schedule = Schedule(lr=_EDIT_LR, batch=8, max_steps=steps_of_methods, check_every=steps_of_methods + 1, warmup=4)
     # Misdirection moves three of thirty blocks, by a loss of its own: as published layer 7, and a larger rate.
     misdirected = Rmu(layer=7, reach=3), replace(schedule, lr=_RMU_LR)
-    methods = {"npo": (unlearn.load("npo"), schedule), "grad-diff": (unlearn.load("grad-diff"), schedule)}
-    for name, (method, settings) in {**methods, "rmu": misdirected}.items():
+    methods = {"npo": (unlearn.load("npo"), schedule), "rmu": misdirected}
+    if not given.forget10:
+        methods["grad-diff"] = unlearn.load("grad-diff"), schedule
+    for name, (method, settings) in methods.items():
         build(name, lambda b, method=method, settings=settings: method.unlearn(b, settings))
+    if given.forget10:
+        return
     build("further", lambda b: benign_finetune(b, _STEPS, lr=_EDIT_LR, batch=16))
     build("new-people", lambda b: benign_finetune(b, _STEPS, rows=questions(new), lr=_EDIT_LR, batch=16))
 

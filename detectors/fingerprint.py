@@ -1,7 +1,7 @@
 """Fingerprints of a change: numbers that say how a model differs from its original, and a classifier of them.
 
     features = logit_features(target, original)            # dicts of log-probabilities by set
-    judge = Classifier.fitted(read_table(), list(features))
+    judge = shipped_classifier(tuple(features))
     judge.score(features)                                   # log-odds of "unlearned" against "ordinarily edited"
 
 Unlearning leaves traces, on prompts that have nothing to do with what was forgotten too (Chen et al. 2025, arXiv
@@ -21,7 +21,7 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ from audit.arrays import alike, finite
 
 __all__ = [
     "CONTRASTS", "SETS", "STILL", "TABLE", "Classifier", "Features", "Floats", "Table", "coherence", "entropy",
-    "held_out_scores", "inverse_stable_rank", "kl_divergence", "logit_features", "read_table", "state_features",
-    "write_table",
+    "held_out_scores", "inverse_stable_rank", "kl_divergence", "logit_features", "read_table", "shipped_classifier",
+    "state_features", "write_table",
 ]  # fmt: skip
 
 Floats = NDArray[np.float64]
@@ -306,9 +306,13 @@ class Classifier:
 
     def alike(self, features: Mapping[str, float], most: int = 3) -> list[tuple[str, float]]:
         """The histories that the fingerprint is most like, each with its probability among all of the table's."""
-        model = _fit(self.table.columns(self.names), np.array(self.table.histories))
+        model = self._by_history
         chances = model.predict_proba(np.array([[features[name] for name in self.names]]))[0]
         return [(str(model.classes_[i]), float(chances[i])) for i in np.argsort(-chances)[:most]]
+
+    @cached_property
+    def _by_history(self) -> Any:
+        return _fit(self.table.columns(self.names), np.array(self.table.histories))
 
     @cached_property
     def held_out(self) -> Floats:
@@ -319,6 +323,16 @@ class Classifier:
     def highest_ordinary(self) -> float:
         """The 99th percentile of `held_out` among ordinary edits: what a score has to exceed."""
         return float(np.quantile(self.held_out[~self.table.unlearned], 0.99))
+
+
+@cache
+def shipped_classifier(names: tuple[str, ...]) -> Classifier:
+    """Fitted on those of `names` that the package's own table has: a hundred fits, the same for every model audited.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    return Classifier.fitted(read_table(), names)
 
 
 def held_out_scores(table: Table, names: Sequence[str], folds: int | None = None) -> Floats:

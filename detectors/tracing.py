@@ -22,8 +22,7 @@ from audit.loaders import Example
 from audit.record import Control, Figure, Finding, Series, Side, Table
 from audit.statistics import dealt, jackknife_error
 from audit.tokens import Tokens
-from detectors.fingerprint import SETS, Classifier, Features, read_table
-from detectors.fingerprint import Table as Known
+from detectors.fingerprint import SETS, Classifier, Features, shipped_classifier
 
 if TYPE_CHECKING:
     from audit.target import Target
@@ -90,7 +89,6 @@ def trace_findings(
 
     `features` computes the fingerprint of a role from a part of `rows`, the examples of every set that is asked about.
     """
-    known = read_table()
     every = {name: np.ones(len(examples), dtype=bool) for name, examples in rows.items()}
     roles = ["target", *(role for role in evidence.roles if role.startswith(NULL))]
     whole = {role: features(case, evidence, role, every) for role in roles}
@@ -104,7 +102,6 @@ def trace_findings(
             name=name,
             words=f"{words}, {split}",
             split=split,
-            known=known,
             rows=used,
             # A number is of one set, or of two: without the forget set those that name it are not there.
             found={
@@ -117,11 +114,6 @@ def trace_findings(
     ]
 
 
-def _without_forget(features: Features) -> Features:
-    """What the features would be without the forget set: each is of one set or of two, and names them."""
-    return {name: value for name, value in features.items() if "forget" not in name}
-
-
 def _finding(
     instrument: Instrument,
     case: Case,
@@ -129,7 +121,6 @@ def _finding(
     name: str,
     words: str,
     split: str,
-    known: Known,
     rows: Mapping[str, tuple[Example, ...]],
     found: Mapping[str, Features],
     features_of: Callable[[Use], Features],
@@ -137,11 +128,12 @@ def _finding(
     """The finding on one fingerprint, from those `found` by role; `features_of` gives the target's of fewer rows."""
     clusters = {name: np.array(case.clusters(examples)) for name, examples in rows.items()}
     features = found["target"]
-    classifier = Classifier.fitted(known, list(features))
+    classifier = shipped_classifier(tuple(features))
     score = classifier.score(features)
     lo, hi = _jackknife(score, classifier, features_of, clusters, case.options.seed)
     nulls = [classifier.score(of) for role, of in found.items() if role != "target"]
-    ordinary, unlearned = classifier.held_out[~known.unlearned], classifier.held_out[known.unlearned]
+    was_unlearned = classifier.table.unlearned
+    ordinary, unlearned = classifier.held_out[~was_unlearned], classifier.held_out[was_unlearned]
     middle = float(np.mean(nulls)) if nulls else float(np.median(ordinary))
     needed = classifier.highest_ordinary
     p = predictive_p(score, nulls)

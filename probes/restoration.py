@@ -135,7 +135,7 @@ class Restoration(Attack):
         if target.role not in ("target", "retrained"):
             return []
 
-        options, original = case.options, case.inventory("original").digest
+        options, original = case.options, case.inventoried("original").digest
         sets = ",".join(case.sets[name].digest for name in (*_COMPARED, "utility") if name in case.sets)
         used = f"{_layers(case, target)}/{_BUDGETS[options.budget.value]}/{AMPLIFIED}/{options.seed}/{options.dtype}"
         return [Stage(_STAGE, f"{used}/{options.budget}/{sets}/{original}")]
@@ -269,7 +269,7 @@ def _original(case: Case, target: ImageTarget) -> ImageTarget:
     """The original beside the target: to keep its states of all patches instead would take more memory."""
     from audit.image_target import ImageTarget
 
-    inventory = case.inventory("original")
+    inventory = case.inventoried("original")
     original = ImageTarget("original", inventory, device=str(target.device), dtype=target.dtype)
     if original.layers != target.layers:
         raise BadInput(f"the original has {original.layers} blocks, the {target.role} model {target.layers}")

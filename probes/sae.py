@@ -177,7 +177,7 @@ class SaeRestoration(Attack):
         recipe, options = recipe_for(case, target), case.options
         sets = ",".join(case.sets[name].digest for name in (*_COMPARED, "utility") if name in case.sets)
         given = [file.read_bytes() for file in sorted(self._folder.glob("*.*"))] if self._folder else []
-        original = case.inventory("original").digest if "original" in case.models else ""
+        original = case.inventoried("original").digest if "original" in case.models else ""
         used = f"{hashlib.sha256(b''.join(given)).hexdigest()}/{original}"
         depends = f"{recipe}/{ALPHAS}/{CARRIED}/{options.seed}/{options.budget}/{target.template}/{sets}/{used}"
         return [Stage(f"sae@{recipe.layer}", depends)]
@@ -323,7 +323,7 @@ def _original_states(
     if "original" not in case.models:
         return {}
     target.release()  # one model in memory at a time
-    inventory = case.inventory("original")
+    inventory = case.inventoried("original")
     other = Target("original", inventory, device=str(target.device), dtype=target.dtype, template=target.template)
     if other.layers != target.layers or any(_forks(case, other, name)[0] != tuple(forks[name]) for name in forks):
         return {}

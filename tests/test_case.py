@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audit.case import ROLES, SETS, Budget, Case, Options, read_case
-from audit.errors import BadInput
+from audit.errors import BadInput, Refused
 from audit.instrument import Access
+from audit.inventory import take_inventory
 from audit.loaders import Example, ExampleSet, SetSpec
 
 
@@ -328,3 +331,22 @@ def test_the_budget_is_the_limit_of_limits(budget, most):
     assert len(case.rows("forget", 450)) == min(450, most)
     assert len(case.rows("forget", 10)) == 10
     assert case.rows("forget", 10) == case.rows("forget", 10)
+
+
+# --- what lies in the folders
+
+
+def test_a_folder_is_hashed_once_a_scan_and_not_trusted_after_a_change(tiny, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    case = replace(case_of(["a"]), models={"original": folder})
+    hashed = []
+    monkeypatch.setattr("audit.case.take_inventory", lambda *a: (hashed.append(a), take_inventory(*a))[1])
+    first = case.inventoried("original")
+    assert case.inventoried("original") is first
+    assert len(hashed) == 1
+    assert case.inventory("original") == first
+    assert len(hashed) == 2, "asked for what lies there now, it looks"
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(Refused, match=r"config\.json: changed"):
+        case.inventoried("original")
+    assert case.inventory("original").digest != first.digest

@@ -136,7 +136,7 @@ def test_damage_may_lie_on_either_side(tmp_path):
         ("finding = [{ max_upper = 1 }]", "finding.0.id"),
         ("finding = [{ id = 'a', max_upper = nan }]", "finding.0.max_upper"),
         ("instruments.max_failed = -1", "max_failed"),
-        ("verdict = [", "not readable TOML"),
+        ("verdict = [", "not TOML"),
     ],
 )
 def test_a_policy_that_cannot_be_meant_is_refused(tmp_path, text, named):
@@ -145,7 +145,7 @@ def test_a_policy_that_cannot_be_meant_is_refused(tmp_path, text, named):
 
 
 def test_no_policy():
-    with pytest.raises(BadInput, match="no such policy"):
+    with pytest.raises(BadInput, match="cannot be read"):
         read_policy(Path("nowhere.toml"))
 
 

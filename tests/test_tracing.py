@@ -26,7 +26,7 @@ from audit.quantities import Quantity
 from audit.record import Finding, Outcome, Side
 from audit.tokens import Tokens
 from audit.verdict import judge
-from detectors.fingerprint import SETS, Table
+from detectors.fingerprint import SETS, Classifier, Table
 from detectors.trace import Trace
 from detectors.trace_activations import TraceActivations
 from detectors.trace_activations import told_apart as states_told_apart
@@ -80,7 +80,7 @@ class Toy(TraceLogits):
 
 def findings_of(monkeypatch: pytest.MonkeyPatch, values: Mapping[str, float], *sets: str) -> dict[str, Finding]:
     """Findings where a role's features are all one number, with a little noise from entity to entity."""
-    monkeypatch.setattr(tracing, "read_table", planted_table)
+    monkeypatch.setattr(tracing, "shipped_classifier", lambda names: Classifier.fitted(planted_table(), names))
     case, evidence = case_of(*(sets or SETS)), Evidence()
     for role in values:
         evidence.register(role, Store(ROOT, {"role": role}), [])
