@@ -24,7 +24,7 @@ lint: setup
 
 test: lint
 	./tests/get-chromium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # Writes build/sbom.cdx.json; fails if the package index knows a vulnerability, and says if it could not be asked.
 check-dependencies: setup

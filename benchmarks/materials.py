@@ -37,15 +37,15 @@ def demo_folder(work: Path) -> Path:
     return folder
 
 
-def demo_case(work: Path, budget: str = "standard") -> Case:
-    """The case that `audit demo` scans."""
+def demo_case(work: Path, budget: str = "standard", only: str = "") -> Case:
+    """The case that `audit demo` scans, by the instruments named in `only`, or by all."""
     folder = demo_folder(work)
     models = {"target": "unlearned", "original": "original", "retrained": "retrained"}
     sets = {name: SetSpec(folder / "data" / f"{name}.jsonl") for name in ("forget", "retain", "holdout", "utility")}
     return Case.build(
         {role: folder / "models" / name for role, name in models.items()},
         sets,
-        Options.parse({"budget": budget, "template": "plain"}, "benchmarks"),
+        Options.parse({"budget": budget, "template": "plain", "only": only}, "benchmarks"),
         "demo",
     )
 

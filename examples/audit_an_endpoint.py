@@ -14,6 +14,7 @@ From the command line: audit scan --endpoint URL --model NAME [--tokenizer DIR] 
 import json
 import threading
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import matplotlib.pyplot as plt
@@ -29,9 +30,16 @@ NAME = "suspect"
 here = setting(__doc__)
 
 
+@cache
+def spelled(tokenizer):
+    """Every token as text."""
+    return [tokenizer.decode([i]) for i in range(len(tokenizer))]
+
+
 @torch.inference_mode()
 def complete(model, tokenizer, asked):
     """Greedy text after a prompt; of the prompt's own tokens, if asked, how likely each was."""
+    words = spelled(tokenizer)
     prompt = asked["prompt"] if isinstance(asked["prompt"], list) else tokenizer(asked["prompt"])["input_ids"]
     logprobs = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
     tokens = list(prompt)
@@ -43,10 +51,11 @@ def complete(model, tokenizer, asked):
     if (count := asked.get("prompt_logprobs")) is not None:
         told = [None]
         for token, at in zip(prompt[1:], logprobs, strict=False):
-            named = {*at.topk(count).indices.tolist(), token}
-            ranks = {i: int((at > at[i]).sum()) + 1 for i in named}
-            words = {i: tokenizer.decode([i]) for i in named}
-            told.append({str(i): {"logprob": float(at[i]), "rank": ranks[i], "decoded_token": words[i]} for i in named})
+            best = at.argsort(descending=True).tolist()
+            ranks = {i: rank for rank, i in enumerate(best, 1) if rank <= count or i == token}
+            values = at.tolist()
+            said = {str(i): {"logprob": values[i], "rank": r, "decoded_token": words[i]} for i, r in ranks.items()}
+            told.append(said)
         choice["prompt_logprobs"] = told
     usage = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens) - len(prompt)}
     return {"id": "1", "model": NAME, "choices": [choice], "usage": usage}
@@ -91,7 +100,8 @@ def served(model, tokenizer):
 
 # %% The same audit of two models, with and without the tokenizer. Where the folder would stand, there is an endpoint.
 
-sets = {name: SetSpec(here.set(name)) for name in ("forget", "retain", "holdout")}
+few = 42 if here.quick else None  # seven people a set, or all: every row is asked of the server one request an answer
+sets = {name: SetSpec(here.set(name), limit=few) for name in ("forget", "retain", "holdout")}
 options = Options(budget=Budget.QUICK, template="plain", only=("knowledge", "membership"))
 audits = {}
 for role in ("original", "unlearned"):

@@ -21,6 +21,16 @@ SHARED = Path(__file__).parents[2] / "shared"
 WORDS = tuple(f"w{i}" for i in range(116))
 
 
+_ONE_SCAN = {f"test_{name}.py" for name in ("guards", "instruments", "lens", "relearn", "scan")}
+"""Files that look at the tiny world's scan by every instrument: where workers share the tests, one of them makes it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every file is run by one worker (`--dist loadgroup`), for the models that its tests share."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("one scan" if item.path.name in _ONE_SCAN else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
     """A path under `../shared`; skips the test that asks for one that is not there."""

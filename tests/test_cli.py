@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from worlds import REPO, audit, audit_here, build_tiny, environment, scan_tiny
+from worlds import REPO, audit, audit_here, build_tiny, environment
 
 from audit.case import SETS, Case, Options, read_case
 from audit.record import SCHEMA_VERSION, Question, Record
@@ -281,19 +281,18 @@ def test_an_initialised_case_can_be_filled_in_and_loaded(tmp_path):
     assert len(case.sets["forget"]) == 72
 
 
-def test_schema_validates_real_records():
+def test_schema_validates_a_real_record_and_no_other():
     done = audit("schema")
     assert done.returncode == 0
     schema = json.loads(done.stdout)
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
-    for out in (scan_tiny().out, cli_scan()[0]):
-        data = json.loads((out / "record.json").read_text())
-        assert list(validator.iter_errors(data)) == []
-        data["findings"][0]["verdict"] = "guilty"
-        del data["verdict"]
-        data["extra"] = 1
-        assert len(list(validator.iter_errors(data))) == 3
+    data = json.loads((cli_scan()[0] / "record.json").read_text())
+    assert list(validator.iter_errors(data)) == []
+    data["findings"][0]["verdict"] = "guilty"
+    del data["verdict"]
+    data["extra"] = 1
+    assert len(list(validator.iter_errors(data))) == 3
 
 
 def test_report_renders_the_same_bytes_again(tmp_path):

@@ -136,7 +136,7 @@ def test_what_is_put_in_is_what_a_hook_would_put_in(kind, folders):
 shapes = st.tuples(st.integers(4, 12), st.just(2), st.integers(2, 9))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(shapes.flatmap(lambda s: hnp.arrays(np.float32, s, elements=st.integers(0, 3))), st.integers(0, 5), st.data())
 def test_marks_are_experts_of_the_class_in_the_other_half(codes, most, data):
     rows = len(codes)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,7 @@ from audit.case import Case, Options, read_case
 from audit.errors import Incomplete, Refused
 from audit.instrument import everyday, load, names
 from audit.loaders import SetSpec
-from audit.record import Label, Outcome, Question, Record, Side
+from audit.record import Label, Outcome, Question, Record, Side, json_schema
 
 Blocks = dict[str, tuple[int, int, int]]
 
@@ -87,6 +88,11 @@ def test_the_record_of_the_tiny_world():
     assert record.verdict.label in (Label.SUPPRESSED, Label.NOT_UNLEARNED)
 
 
+def test_the_record_of_every_instrument_is_as_its_schema_says():
+    data = json.loads((scan_tiny().out / "record.json").read_text())
+    jsonschema.Draft202012Validator(json_schema()).validate(data)
+
+
 def test_the_resolved_case_is_the_case():
     scanned = scan_tiny()
     name, models, specs, raw = read_case(scanned.out / "case.toml")
@@ -122,34 +128,37 @@ def test_a_second_scan_runs_no_pass(monkeypatch):
 
 
 def test_killed_in_mid_scan_it_resumes(tmp_path):
-    scanned = scan_tiny()
-    command = [sys.executable, "-m", "cli", "scan", "--case", str(build_tiny().case_file), "--out", str(tmp_path)]
+    """With an instrument of each way to ask: of texts and answers, of states, of states put elsewhere, of an attack."""
+    only = "knowledge,lens,patching,relearn"
+    reference, out = tmp_path / "reference", tmp_path / "out"
+    undisturbed = quiet_scan(tiny_case(only=only), reference)
+    command = [sys.executable, "-m", "cli", "scan", "--case", str(build_tiny().case_file), "--out", str(out)]
     killed = subprocess.Popen(
-        [*command, "--budget", "quick"], cwd=REPO, env=environment(), start_new_session=True,
+        [*command, "--budget", "quick", "--only", only], cwd=REPO, env=environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 200
-        while len(blocks(tmp_path)) < 2:
+        while len(blocks(out)) < 2:
             assert killed.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.005)
     finally:
         os.kill(killed.pid, signal.SIGKILL)
         killed.wait()
-    assert not (tmp_path / "record.json").exists()
-    survived = blocks(tmp_path)
-    whole = contents(scanned.out)
+    assert not (out / "record.json").exists()
+    survived = blocks(out)
+    whole = contents(reference)
     assert 2 <= len(survived) < len(whole)
-    assert contents(tmp_path) < whole, "the same batches, and in them the same numbers"
-    resumed = quiet_scan(tiny_case(), tmp_path)
-    assert resumed.comparable() == scanned.record.comparable()
-    after = blocks(tmp_path)
-    assert contents(tmp_path) == whole
-    assert len(after) == len(blocks(scanned.out))
+    assert contents(out) < whole, "the same batches, and in them the same numbers"
+    resumed = quiet_scan(tiny_case(only=only), out)
+    assert resumed.comparable() == undisturbed.comparable()
+    after = blocks(out)
+    assert contents(out) == whole
+    assert len(after) == len(blocks(reference))
     assert {name: after[name] for name in survived} == survived, "no finished pass was repeated"
     assert resumed.cost.reused_tokens > 0
-    assert resumed.cost.forward_tokens < scanned.record.cost.forward_tokens
+    assert resumed.cost.forward_tokens < undisturbed.cost.forward_tokens
 
 
 def test_killed_inside_the_attack_it_resumes(tmp_path, monkeypatch):

@@ -26,14 +26,13 @@ import torch
 import cli
 from audit.case import Case, Options, read_case
 from audit.evidence import Evidence
-from audit.gather import Run, capture_all
+from audit.gather import capture_all
 from audit.inventory import take_inventory
 from audit.organisms.demo import Recipe, build_demo
 from audit.organisms.train import new_model, save, word_tokenizer
 from audit.organisms.world import make_world
-from audit.progress import SILENT
 from audit.record import Record
-from audit.scan import _choose, scan, take_inventories
+from audit.scan import scan
 from audit.target import Target
 
 REPO = Path(__file__).parents[1]
@@ -53,10 +52,11 @@ class Tiny:
 
 @dataclass(frozen=True)
 class Scanned:
-    """One undisturbed scan of it, and the digests of the model folders before and after."""
+    """One undisturbed scan of it, what it captured, and the digests of the model folders before and after."""
 
     out: Path
     record: Record
+    evidence: Evidence
     before: dict[str, str]
     after: dict[str, str]
 
@@ -129,20 +129,22 @@ def scan_tiny() -> Scanned:
     tiny = build_tiny()
     out = tiny.folder / "undisturbed"
     before = {name: folder_digest(path) for name, path in tiny.models.items()}
-    record = quiet_scan(tiny_case(), out)
+    captured: list[Evidence] = []
+
+    def capture(*words: Any) -> Evidence:
+        captured.append(capture_all(*words))
+        return captured[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("audit.scan.capture_all", capture)
+        record = quiet_scan(tiny_case(), out)
     after = {name: folder_digest(path) for name, path in tiny.models.items()}
-    return Scanned(out, record, before, after)
+    return Scanned(out, record, captured[-1], before, after)
 
 
-@cache
 def tiny_evidence() -> Evidence:
-    """The evidence of that scan, bound to its requests again."""
-    case = tiny_case()
-    run = Run(case, scan_tiny().out / "evidence", SILENT, *_choose(case))
-    with one_thread():
-        evidence = capture_all(run, take_inventories(case))
-    assert run.cost.forward_tokens == 0, "the store holds everything"
-    return evidence
+    """What that scan captured."""
+    return scan_tiny().evidence
 
 
 def open_target(made: str = "unlearned", role: str = "target") -> Target:
