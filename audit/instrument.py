@@ -229,11 +229,18 @@ def _points() -> dict[str, EntryPoint]:
     What would take the name of another is found as `package:name`, and is broken.
     """
     points: dict[str, EntryPoint] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda p: (_package(p) != _HOST, _package(p))):
+    for package, point in sorted(_registered(), key=lambda each: (each[0] != _HOST, each[0])):
         other = points.setdefault(point.name, point)
         if other.value != point.value:
-            points[f"{_package(point)}:{point.name}"] = point
+            points[f"{package}:{point.name}"] = point
     return points
+
+
+def _registered() -> list[tuple[str, EntryPoint]]:
+    """Every entry point with its package's name, which is read from a file: once a package."""
+    found = list(entry_points(group=GROUP))
+    packages = {id(point.dist): _package(point) for point in {id(point.dist): point for point in found}.values()}
+    return [(packages[id(point.dist)], point) for point in found]
 
 
 def _package(point: EntryPoint) -> str:
